@@ -1,0 +1,1 @@
+"""The Hydra configuration tree, shipped as ``lightning_mup.conf``."""

@@ -1,0 +1,11 @@
+"""Hyperparameters tuned on a small proxy, carried over to a large model."""
+
+from lightning_mup.core.base import Base
+from lightning_mup.core.layout import Layout
+from lightning_mup.core.method import Method, Size, all_methods
+from lightning_mup.core.plan import ParamPlan, Plan
+from lightning_mup.core.power import SPECTRAL, Power
+from lightning_mup.core.rules import Row, Rules, all_rules
+from lightning_mup.core.scaling import Choices, plan
+from lightning_mup.core.spec import Dim, ParamSpec, Role
+from lightning_mup.callbacks.parametrize import Parametrize

@@ -1,0 +1,338 @@
+"""Parametrize: one callback that carries a proxy's hyperparameters over to any LightningModule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.optim import Optimizer
+
+from lightning_mup.callbacks.patch import patch_method, unpatch_method
+from lightning_mup.core.base import Base, resolve_base
+from lightning_mup.core.groups import GroupSplitter, check_groups
+from lightning_mup.core.infer import RoleLike, shared_names
+from lightning_mup.core.initialize import Initialize, initialize
+from lightning_mup.core.method import Method, all_methods, find_method
+from lightning_mup.core.multipliers import ForwardMultiplier, install
+from lightning_mup.core.plan import ParamPlan, Plan, Row
+from lightning_mup.core.power import Power
+from lightning_mup.core.scaling import Choices, Multipliers, RulesLike, Scaling, read
+
+MARK = "_lightning_mup"
+_DIFFERENCES_SHOWN = 8
+
+
+class Parametrize(Callback):
+    """Train a LightningModule with hyperparameters that were tuned on a smaller one.
+
+    The module is not changed. Its parameters are read by name and shape against the base; its initial values are set
+    to the base's measured sizes times the plan's ratios; and the parameter groups of whatever optimizer its
+    ``configure_optimizers`` builds are split by multiplier while it is being constructed. Every number that you give,
+    here or in the module, is the one tuned *at the base size*.
+
+    Args:
+        base: the proxy on which the hyperparameters were tuned: a factory (``lambda: LitModel(width=128)``), a dict of
+            overrides for a module that called ``save_hyperparameters()`` (``{"width": 128}``), a module, a
+            :class:`Base` or the path of a saved one, or ``"self"`` for the base run itself.
+        rules: parametrization by name, or several to multiply (``["mup", "complete_p"]``).
+        method: name of an optimizer to supply in place of the module's own; ``None`` keeps ``configure_optimizers``.
+        lr: learning rate at the base (> 0), for ``method``.
+        weight_decay: fraction of a weight removed per step at the base, independent of ``lr`` (>= 0), for ``method``.
+        options: further arguments of the optimizer of ``method`` (``{"betas": (0.9, 0.95)}``).
+        schedule: function from the optimizer to a torch scheduler (stepped every step) or to Lightning's scheduler
+            dict, for ``method``.
+        roles: role or :class:`Layout` by name pattern, for what cannot be known from module and growth.
+        branches: patterns of the last matrix of each residual branch, where it cannot be found.
+        forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
+        lr_multipliers: factor on the learning rate by role or name pattern, a hyperparameter of the base.
+        batch: (batch size, base batch size); changes Adam's epsilon alone.
+        multipliers: ``"fold"`` forward multipliers into initialization, rate and epsilon, or apply them by ``"hook"``.
+        initialize: ``"scale"`` the module's own draws, ``"draw"`` anew from a generator seeded by each parameter's
+            name, or ``"keep"`` all values (fine-tuning).
+        seed: seed for ``initialize="draw"`` and for parameters that were built on the meta device.
+        declare: declarations of further optimizers.
+
+    Raises:
+        ValueError: while fitting starts: something cannot be read, an optimizer has no rule, the learning-rate finder
+            is on, or a checkpoint was written under another plan. Each message says what to write.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> parametrize = Parametrize(base="self")
+        >>> Trainer(barebones=True, max_steps=1, accelerator="cpu", callbacks=[parametrize]).fit(BoringModel())
+        >>> parametrize.plan["layer.weight"].method
+        'sgd'
+
+    Reference:
+        Qiu et al. 2025 (arXiv:2512.05620), section 3 and Tables 1 and 2; Yang et al. 2022 (arXiv:2203.03466).
+    """
+
+    def __init__(
+        self,
+        base: object,
+        *,
+        rules: RulesLike = "mup",
+        method: str | Method | None = None,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        options: Mapping[str, object] | None = None,
+        schedule: Callable[[Optimizer], Any] | None = None,
+        roles: Mapping[str, RoleLike] | None = None,
+        branches: Sequence[str] | None = None,
+        forward: Mapping[str, Power] | None = None,
+        lr_multipliers: Mapping[str, float] | None = None,
+        batch: tuple[int, int] = (1, 1),
+        multipliers: Multipliers = "fold",
+        initialize: Initialize = "scale",
+        seed: int = 0,
+        declare: Iterable[Method] = (),
+    ) -> None:
+        self.base = base
+        self.rules = rules
+        self.choices = Choices(
+            roles=dict(roles or {}),
+            branches=branches,
+            forward=dict(forward or {}),
+            lr_multipliers=dict(lr_multipliers or {}),
+            batch=(batch[0], batch[1]),
+            multipliers=multipliers,
+        )
+        self.method = None if method is None else _supplied(method, lr, weight_decay)
+        if method is None and (lr is not None or weight_decay or options or schedule):
+            raise ValueError(
+                f"lr={lr!r}, weight_decay={weight_decay!r}, options and schedule belong to method=...; without a "
+                f"method they are the module's own configure_optimizers' business"
+            )
+        if initialize not in ("scale", "draw", "keep"):
+            raise ValueError(f"initialize must be 'scale', 'draw' or 'keep', got {initialize!r}")
+        self.lr, self.weight_decay = lr, weight_decay
+        self.options, self.schedule = dict(options or {}), schedule
+        self.initialize, self.seed = initialize, seed
+        self.declare = {cls: found for found in declare for cls in found.optimizers}
+        self.plan: Plan | None = None
+        self._scaling: Scaling | None = None
+        self._base: Base | None = None
+        self._pending: list[str] = []
+        self._hooks: dict[str, ForwardMultiplier] = {}
+        self._saved: dict[str, Any] | None = None
+
+    # -- when -----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the hooks of the module between which its parameters appear and its optimizer is built."""
+        _refuse_companions(trainer)
+        self._scaling, self._base = None, None
+        built_in = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
+        patch_method(pl_module, built_in, after=self._parametrize)
+        if stage == "fit":
+            self.plan, self._saved = None, None
+            patch_method(pl_module, "configure_optimizers", instead=self._configure_optimizers)
+            rank_zero_info(
+                f"Parametrize acts after {type(pl_module).__name__}.{built_in} (initial values) and around "
+                f"configure_optimizers (parameter groups)."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own hooks back; forward multipliers stay, since they are part of the model."""
+        for name in ("configure_model", "setup", "configure_optimizers"):
+            unpatch_method(pl_module, name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the plan once and hand it to the loggers."""
+        if self.plan is not None:
+            rank_zero_info(f"\n{self.plan.table()}")
+            self._say_clipping(trainer)
+            _log(trainer, self.plan)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Check that nobody undid the plan."""
+        check_groups(optimizer)
+        silent = [name for name, hook in self._hooks.items() if not hook.ran]
+        if silent:
+            raise ValueError(
+                f"the forward multipliers of {silent} were never applied, since their module's forward is not called; "
+                f"use multipliers='fold', or call the module rather than its weight"
+            )
+
+    # -- what -----------------------------------------------------------------------------------------------------
+
+    def _parametrize(self, module: LightningModule) -> None:
+        if next(module.parameters(), None) is None:
+            raise ValueError(
+                f"{type(module).__name__} has no parameters after setup; build them in __init__, setup or configure_model"
+            )
+        if self._scaling is None:
+            self._base = resolve_base(self.base, module, materialize=self.initialize != "keep")
+            self._scaling = read(module, self.base, self._base, self.rules, self.choices)
+        digest = Plan(tuple(map(self._scaling.initial, self._scaling.specs)), self._scaling.rules.name).digest()
+        mark = module.__dict__.get(MARK)
+        if mark is None:
+            module.__dict__[MARK] = digest
+            self._hooks = install(module, map(self._scaling.initial, self._scaling.specs))
+            self._initialize(module, meta=False)
+        elif mark != digest:
+            raise ValueError(
+                f"{type(module).__name__} was parametrized before under another plan ({mark}, now {digest}); train a "
+                f"new instance, or give the same base and rules"
+            )
+
+    def _initialize(self, module: LightningModule, *, meta: bool) -> None:
+        assert self._scaling is not None
+        assert self._base is not None
+        specs = {spec.name: spec for spec in self._scaling.specs}
+        named = {names[0]: p for names, p in shared_names(module) if names[0] in specs}
+        if not meta:
+            self._pending = [name for name, p in named.items() if p.is_meta]
+        chosen = {name: p for name, p in named.items() if (name in self._pending) == meta}
+        missing = [n for n in chosen if specs[n].base_name not in self._base.measured and self.initialize != "keep"]
+        if missing:
+            raise ValueError(
+                f"the base knows no initial values of {missing[:3]}; save it from a module that is not on the meta "
+                f"device, or give initialize='keep'"
+            )
+        initialize(
+            chosen,
+            {name: self._scaling.initial(specs[name]) for name in chosen},
+            {name: self._base.measured[specs[name].base_name] for name in chosen if self.initialize != "keep"},
+            how="draw" if meta and self.initialize != "keep" else self.initialize,
+            seed=self.seed,
+        )
+
+    def _configure_optimizers(self, module: LightningModule, original: Callable[[], Any]) -> Any:  # noqa: ANN401
+        assert self._scaling is not None
+        if self._pending and module.trainer.ckpt_path is None:
+            self._initialize(module, meta=True)
+        names = {id(p): names[0] for names, p in shared_names(module)}
+        with GroupSplitter(self._scaling, names, self.declare) as splitter:
+            result = original() if self.method is None else self._supply(module)
+        unseen = [o for o in _optimizers_in(result) if o not in splitter.optimizers]
+        if unseen:
+            raise ValueError(
+                f"{type(unseen[0]).__name__} was built before configure_optimizers was called, so its groups could "
+                f"not be split; build it inside configure_optimizers"
+            )
+        splitter.finish()
+        self.plan = self._complete(splitter.params)
+        self._compare()
+        return result
+
+    def _complete(self, optimized: Mapping[str, ParamPlan]) -> Plan:
+        assert self._scaling is not None
+        unheld = [spec.name for spec in self._scaling.specs if spec.name not in optimized]
+        if unheld:
+            rank_zero_info(f"{len(unheld)} trainable parameters are in no optimizer and will not move: {unheld[:4]}")
+        rows = [optimized.get(spec.name) or self._scaling.initial(spec) for spec in self._scaling.specs]
+        return Plan(tuple(rows), self._scaling.rules.name)
+
+    def _supply(self, module: LightningModule) -> Any:  # noqa: ANN401 - whatever Lightning takes
+        method = cast(Method, self.method)
+        assert method.build is not None
+        assert self.lr is not None
+        if is_overridden("configure_optimizers", module):
+            rank_zero_info(f"method={method.name!r} replaces the optimizer of {type(module).__name__}.")
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        # Coupled optimizers remove lr x weight_decay per step.
+        optimizer = method.build(trainable, lr=self.lr, weight_decay=self.weight_decay / self.lr, **self.options)
+        if self.schedule is None:
+            return optimizer
+        made = self.schedule(optimizer)
+        scheduler = made if isinstance(made, dict) else {"scheduler": made, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _say_clipping(self, trainer: Trainer) -> None:
+        assert self.plan is not None
+        if trainer.gradient_clip_val and any(p.folded != 1 for p in self.plan.params):
+            rank_zero_info(
+                f"gradient_clip_val={trainer.gradient_clip_val} clips by a norm over all gradients, which is the one "
+                f"thing that can tell folded multipliers from hooked ones."
+            )
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, with its digest."""
+        if self.plan is None:
+            return {}
+        return {"digest": self.plan.digest(), "rules": self.plan.rules, "rows": json.dumps(self.plan.rows())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the checkpoint's plan, and compare it as soon as there is one here."""
+        self._saved = state_dict or None
+        self._compare()
+
+    def _compare(self) -> None:
+        if self.plan is None or self._saved is None or self._saved["digest"] == self.plan.digest():
+            return
+        there: list[Row] = json.loads(self._saved["rows"])
+        lines = self.plan.diff(there)
+        if self._saved["rules"] != self.plan.rules:
+            lines.insert(0, f"rules {self.plan.rules} (other: {self._saved['rules']})")
+        more = f"\n  ... and {len(lines) - _DIFFERENCES_SHOWN} more" if len(lines) > _DIFFERENCES_SHOWN else ""
+        shown = "\n  ".join(lines[:_DIFFERENCES_SHOWN])
+        raise ValueError(
+            f"the checkpoint was written under another plan (other: {self._saved['digest']}, here: "
+            f"{self.plan.digest()}):\n  {shown}{more}\nresume with the base, rules and multipliers of that run, or "
+            f"start anew from its weights with initialize='keep'"
+        )
+
+
+def _supplied(method: str | Method, lr: float | None, weight_decay: float) -> Method:
+    found = find_method(method)
+    if found.build is None:
+        buildable = sorted(name for name, m in all_methods().items() if m.build is not None)
+        raise ValueError(
+            f"method {found.name!r} cannot be supplied here; available: {', '.join(buildable)}; build the optimizer in "
+            f"configure_optimizers and leave method out"
+        )
+    if lr is None or not lr > 0:
+        raise ValueError(f"method={found.name!r} needs lr > 0, the rate tuned at the base, got {lr!r}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay is the fraction removed per step, >= 0, got {weight_decay!r}")
+    if weight_decay and found.decay != "coupled":
+        raise ValueError(
+            f"weight_decay={weight_decay!r} is the fraction removed per step, but {found.name} adds it to the gradient "
+            f"before normalizing; use method='adamw'"
+        )
+    return found
+
+
+def _refuse_companions(trainer: Trainer) -> None:
+    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+    if any(isinstance(c, LearningRateFinder) for c in callbacks):
+        raise ValueError(
+            f"{LearningRateFinder.__name__} sets one learning rate for all groups, which undoes the plan; run it on "
+            f"the base model without Parametrize, and give the rate that it finds here"
+        )
+    count = sum(isinstance(c, Parametrize) for c in callbacks)
+    if count > 1:
+        raise ValueError(f"there are {count} Parametrize callbacks; a module has one plan, keep one")
+
+
+def _optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401
+    if isinstance(result, Optimizer):
+        return [result]
+    if isinstance(result, dict):
+        return _optimizers_in(result.get("optimizer"))
+    if isinstance(result, (list, tuple)):
+        return [found for part in result for found in _optimizers_in(part)]
+    return []
+
+
+@rank_zero_only
+def _log(trainer: Trainer, plan: Plan) -> None:
+    header, lines = plan.summary()
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"parametrization": {"rules": plan.rules, "digest": plan.digest()}})
+        if hasattr(logger, "log_table"):
+            logger.log_table("parametrization", columns=header, data=lines)
+    if trainer.log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(plan.to_json())

@@ -1,0 +1,237 @@
+"""The base: the shapes and the initial sizes of the proxy model on which the hyperparameters were tuned."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from lightning_mup.core.registry import near
+
+BaseLike = "Base | nn.Module | Mapping[str, object] | Callable[[], nn.Module] | str | Path"
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_FORMAT = 1
+
+
+def canonical(name: str) -> str:
+    """Return a parameter's name without the prefixes that compiling, checkpointing and sharding put in.
+
+    Examples:
+        >>> canonical("net._orig_mod.layers.0._checkpoint_wrapped_module.fc.weight")
+        'net.layers.0.fc.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean and root mean square of a parameter's entries at initialization."""
+
+    mean: float
+    rms: float
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Measured:
+        """Measure a tensor in float64; a sharded one gives its global values.
+
+        Examples:
+            >>> Measured.of(torch.tensor([3.0, -3.0]))
+            Measured(mean=0.0, rms=3.0)
+        """
+        values = tensor.detach().double()
+        return cls(float(values.mean()), float(values.square().mean().sqrt()))
+
+    @property
+    def constant(self) -> bool:
+        """Whether all entries are one number (ones of a norm, zeros of a bias)."""
+        return abs(abs(self.mean) - self.rms) <= 1e-12 * self.rms
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The proxy model as a plan needs it: global shapes by name, initial sizes, sizes of attention heads.
+
+    Args:
+        shapes: global shape of every parameter, by canonical name.
+        measured: mean and RMS of the initial values, by name; empty where only shapes are known.
+        head_dims: attention-head size by module name, where a module states it as ``head_dim``.
+
+    Examples:
+        >>> base = Base.of(nn.Linear(4, 2))
+        >>> base.shapes["weight"], round(base.measured["weight"].rms, 1) > 0
+        ((2, 4), True)
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    head_dims: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Base:
+        """Read a module; parameters on the meta device give shapes only.
+
+        Raises:
+            ValueError: the module has no parameters.
+        """
+        named = {canonical(n): p for n, p in module.named_parameters(remove_duplicate=False)}
+        if not named:
+            raise ValueError(
+                f"the base {type(module).__name__} has no parameters; build them in __init__ or configure_model"
+            )
+        return cls(
+            shapes={n: tuple(p.shape) for n, p in named.items()},
+            measured={n: Measured.of(p) for n, p in named.items() if not p.is_meta},
+            head_dims=head_dims(module),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Base:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is missing or is not a base file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            known = data["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"cannot read a base from {str(path)!r} ({error}); write one with Base.of(m).save(path)")
+        if known != _FORMAT:
+            raise ValueError(f"base file {str(path)!r} has format {known!r}, this version reads {_FORMAT}; save it anew")
+        return cls(
+            shapes={n: tuple(s) for n, s in data["shapes"].items()},
+            measured={n: Measured(*m) for n, m in data["measured"].items()},
+            head_dims=data["head_dims"],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the base as json, for runs that should not build the proxy again.
+
+        Examples:
+            >>> import tempfile, pathlib
+            >>> file = pathlib.Path(tempfile.mkdtemp()) / "base.json"
+            >>> base = Base.of(nn.Linear(4, 2))
+            >>> base.save(file)
+            >>> Base.load(file) == base
+            True
+        """
+        data = {
+            "format": _FORMAT,
+            "shapes": {n: list(s) for n, s in self.shapes.items()},
+            "measured": {n: [m.mean, m.rms] for n, m in self.measured.items()},
+            "head_dims": dict(self.head_dims),
+        }
+        Path(path).write_text(json.dumps(data, indent=1))
+
+
+def head_dims(module: nn.Module) -> dict[str, int]:
+    """Return the attention-head size of each module that states one as ``head_dim``.
+
+    Examples:
+        >>> head_dims(nn.MultiheadAttention(64, 4))
+        {'': 16}
+    """
+    found = ((canonical(f"{name}."), getattr(m, "head_dim", None)) for name, m in module.named_modules())
+    return {name.rstrip("."): dim for name, dim in found if isinstance(dim, int)}
+
+
+def resolve_base(base: object, target: nn.Module, *, materialize: bool = False) -> Base:
+    """Return the base that was given in any of its forms.
+
+    Args:
+        base: ``"self"`` (this is the base run), a :class:`Base`, a module, a factory, a dict of hyperparameter
+            overrides for the target's own class, or the path of a saved base.
+        target: the model to be parametrized.
+        materialize: build the proxy for real, so that its initial values can be measured, instead of on meta. The
+            global random state is left as it was, and the draw is the same on every rank.
+
+    Raises:
+        ValueError: an override names no hyperparameter, or the class cannot be rebuilt.
+        TypeError: the base is of none of these forms.
+
+    Examples:
+        >>> resolve_base(lambda: nn.Linear(8, 2), nn.Linear(16, 2)).shapes["weight"]
+        (2, 8)
+    """
+    if isinstance(base, Base):
+        return base
+    if isinstance(base, nn.Module):
+        return Base.of(base)
+    if isinstance(base, str) and base == "self":
+        return Base.of(target)
+    if isinstance(base, (str, Path)):
+        return Base.load(base)
+    with _proxy_context(materialize):
+        return Base.of(_built(_proxy(base, target)))
+
+
+def is_base_of(base: object, target: nn.Module) -> bool:
+    """Whether the run declares itself the base run: ``"self"``, itself, or overrides equal to its own values."""
+    if isinstance(base, Mapping):
+        own = getattr(target, "hparams", {})
+        return all(key in own and own[key] == value for key, value in base.items())
+    return base is target or base == "self"
+
+
+def doubled(base: object, target: nn.Module) -> Base | None:
+    """Return the shapes of the target with the overridden sizes doubled, to see in a base run what grows.
+
+    Only overrides can be varied; for any other form of base, or where the doubled model cannot be built, None.
+    """
+    if not isinstance(base, Mapping):
+        return None
+    wider = {k: 2 * v if isinstance(v, int) and not isinstance(v, bool) else v for k, v in base.items()}
+    try:
+        with _proxy_context(materialize=False):
+            return Base.of(_built(_proxy(wider, target)))
+    except Exception:  # any model may refuse any size; the caller then falls back on the module type
+        return None
+
+
+@contextlib.contextmanager
+def _proxy_context(materialize: bool) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if materialize else "meta"):
+        torch.manual_seed(0)
+        yield
+
+
+def _proxy(base: object, target: nn.Module) -> nn.Module:
+    if isinstance(base, Mapping):
+        return _rebuilt(target, cast(Mapping[str, object], base))
+    if not callable(base):
+        raise TypeError(
+            f"base must be a factory, a dict of hyperparameter overrides, a module, a saved base or 'self', got {base!r}"
+        )
+    module = cast(Callable[[], object], base)()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the base factory must return a torch module, got {module!r}; pass lambda: MyModule(width=128)")
+    return module
+
+
+def _rebuilt(target: nn.Module, overrides: Mapping[str, object]) -> nn.Module:
+    own = dict(getattr(target, "hparams", {}))
+    kind = type(target).__name__
+    for key in overrides:
+        if key not in own:
+            raise ValueError(
+                f"base overrides {key!r}, which is no hyperparameter of {kind}; it saved {sorted(own)}{near(key, own)}. "
+                f"Call self.save_hyperparameters() in its __init__, or pass base=lambda: {kind}(...)"
+            )
+    try:
+        return type(target)(**{**own, **overrides})
+    except TypeError as error:
+        raise ValueError(f"cannot rebuild {kind} from its hyperparameters ({error}); pass base=lambda: {kind}(...)")
+
+
+def _built(module: nn.Module) -> nn.Module:
+    configure = getattr(module, "configure_model", None)
+    if configure is not None and next(module.parameters(), None) is None:
+        configure()
+    return module

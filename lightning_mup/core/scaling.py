@@ -1,0 +1,270 @@
+"""Specs x rules x method -> plan: the one place where a multiplier is computed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from lightning_mup.core.base import Base, doubled, is_base_of, resolve_base
+from lightning_mup.core.infer import RoleLike, infer, warn_about_heads
+from lightning_mup.core.method import Method, Settings, Size, find_method
+from lightning_mup.core.patterns import match
+from lightning_mup.core.plan import EpsValue, ParamPlan, Plan
+from lightning_mup.core.power import Power
+from lightning_mup.core.rules import Row, Rules, find_rules, without_depth
+from lightning_mup.core.spec import ParamSpec, Role, as_roles_line
+
+RulesLike = str | Rules | Sequence[str | Rules]
+Multipliers = Literal["fold", "hook"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a user may say beyond rules and base; see :class:`lightning_mup.Parametrize` for each.
+
+    Args:
+        roles: role or :class:`Layout` by name pattern.
+        branches: patterns of the last matrices of residual branches.
+        forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
+        lr_multipliers: by role or name pattern, a factor on the learning rate, a hyperparameter of the base.
+        batch: batch size and base batch size.
+        multipliers: whether forward multipliers are folded into init, update and epsilon, or applied by hooks.
+    """
+
+    roles: Mapping[str, RoleLike] = field(default_factory=dict)
+    branches: Sequence[str] | None = None
+    forward: Mapping[str, Power] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    batch: tuple[int, int] = (1, 1)
+    multipliers: Multipliers = "fold"
+
+    def __post_init__(self) -> None:
+        if self.multipliers not in ("fold", "hook"):
+            raise ValueError(f"multipliers must be 'fold' or 'hook', got {self.multipliers!r}")
+        if len(self.batch) != 2 or min(self.batch) <= 0:
+            raise ValueError(f"batch must be (batch size, base batch size), both positive, got {self.batch!r}")
+        bad = {key: value for key, value in self.lr_multipliers.items() if not value > 0}
+        if bad:
+            raise ValueError(f"lr_multipliers must be positive, got {bad}; freeze parameters with requires_grad_(False)")
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A model that has been read, under rules: gives each parameter's row for any method.
+
+    Args:
+        specs: every trainable parameter.
+        rules: the parametrization.
+        choices: what the user said beyond.
+        base: the base's shapes and initial sizes.
+        base_names: name in the base of each parameter.
+    """
+
+    specs: tuple[ParamSpec, ...]
+    rules: Rules
+    choices: Choices
+    forward: Mapping[str, Power]
+    lr_multipliers: Mapping[str, float]
+
+    @classmethod
+    def read(cls, model: nn.Module, base: Base, rules: RulesLike, choices: Choices, wider: Base | None = None) -> Scaling:
+        """Read a model against a base.
+
+        Raises:
+            ValueError: see :func:`lightning_mup.core.infer.infer`; or a depth rule meets blocks whose branches end
+                nobody knows where.
+        """
+        found = find_rules(rules)
+        specs = infer(model, base, wider=wider, roles=choices.roles, branches=choices.branches)
+        _check_depth(specs, found)
+        names = [[s.name, *s.tied_to] for s in specs]
+        return cls(
+            specs=specs,
+            rules=found,
+            choices=choices,
+            forward=match(choices.forward, names, "forward"),
+            lr_multipliers=_by_role_or_name(choices.lr_multipliers, specs, names),
+        )
+
+    def multiplier(self, spec: ParamSpec) -> float:
+        """Return the forward multiplier ``a`` of a parameter, whether folded or hooked."""
+        row = self._row(spec)
+        power = row.forward if spec.branch else without_depth(row.forward)
+        return spec.evaluate(power * self.forward.get(spec.name, Power()))
+
+    def initial(self, spec: ParamSpec) -> ParamPlan:
+        """Return the part of a parameter's row that does not depend on the method."""
+        a, fold = self.multiplier(spec), self.choices.multipliers == "fold"
+        return ParamPlan(
+            spec=spec,
+            init=spec.evaluate(self._row(spec).init_std) * (a if fold else 1.0),
+            weight_decay=spec.evaluate(self._row(spec).weight_decay),
+            folded=a if fold else 1.0,
+            forward=1.0 if fold else a,
+            readout=spec.evaluate(self.rules.tied_readout) if spec.readout else 1.0,
+        )
+
+    def param(self, spec: ParamSpec, method: Method, settings: Settings) -> ParamPlan:
+        """Return the whole row of a parameter under a method with its settings (one parameter group's)."""
+        start, row = self.initial(spec), self._row(spec)
+        lr = 1.0 if row.update_norm is None else spec.evaluate(row.update_norm / method.natural(spec, row))
+        lr *= start.folded ** method.fold_exponent(spec) * _own_factor(method, spec, settings)
+        lr *= self.lr_multipliers.get(spec.name, 1.0)
+        size, base_size = self.choices.batch
+        eps = {
+            key: _eps(size_of, spec, row, start.folded, size / base_size)
+            for key, size_of in method.eps.items()
+            if settings.get(key) is not None
+        }
+        decay = self._group_decay(spec, row, method, settings, start, lr)
+        return ParamPlan(
+            spec=spec,
+            method=method.name,
+            init=start.init,
+            lr=lr,
+            eps=eps,
+            weight_decay=start.weight_decay,
+            group_weight_decay=decay,
+            folded=start.folded,
+            forward=start.forward,
+            readout=start.readout,
+        )
+
+    def _group_decay(
+        self, spec: ParamSpec, row: Row, method: Method, settings: Settings, start: ParamPlan, lr: float
+    ) -> float:
+        if method.decay == "coupled" or settings.get("decoupled_weight_decay"):
+            return start.weight_decay / lr  # one step removes lr x weight_decay: undo what was done to lr
+        if row.update_norm is None:
+            return start.folded**-2.0
+        # An L2 term must keep its proportion to the gradient that it is added to.
+        return spec.evaluate(row.grad_rms / row.init_std) * start.folded**-2.0
+
+    def _row(self, spec: ParamSpec) -> Row:
+        return self.rules.rows[spec.role]
+
+
+def plan(
+    model: nn.Module,
+    base: object,
+    *,
+    rules: RulesLike = "mup",
+    method: str | Method = "adam",
+    settings: Mapping[str, object] | None = None,
+    choices: Choices | None = None,
+) -> Plan:
+    """Return what would be done to every parameter of a model, without doing it.
+
+    Args:
+        model: the target; ``torch.device("meta")`` is enough.
+        base: the proxy, in any form that :class:`lightning_mup.Parametrize` takes.
+        rules: name of the parametrization, or several names to multiply.
+        method: name of the optimizer.
+        settings: the optimizer's settings, where they matter (torch Muon's ``adjust_lr_fn``).
+        choices: what is to be said beyond.
+
+    Raises:
+        ValueError: the model cannot be read, or a name is unknown; the message says what to write.
+
+    Warns:
+        UserWarning: every ratio is 1 although the run is not declared to be the base run; or depth grows under rules
+            that say nothing about depth.
+
+    Examples:
+        >>> net = lambda width: nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+        >>> print(plan(net(64), base=lambda: net(16), method="sgd"))
+        rules=mup  params=4  factors on the values at the base
+        role    n  fan_out  fan_in  method  init  lr    wd    because  example
+        input   1  64/16    8/8     sgd     1     4     0.25  Linear   0.weight
+        vector  1  64/16    1/1     sgd     1     4     0.25  1-D      0.bias
+        output  1  2/2      64/16   sgd     0.25  0.25  0.25  Linear   2.weight
+        vector  1  2/2      1/1     sgd     1     1     1     1-D      2.bias
+    """
+    found = find_method(method)
+    scaling = read(model, base, resolve_base(base, model), rules, choices or Choices())
+    own = dict(settings) if settings is not None else {key: 1.0 for key in found.eps}
+    rows = tuple(scaling.param(spec, found, own) for spec in scaling.specs)
+    return Plan(rows, scaling.rules.name)
+
+
+def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices: Choices) -> Scaling:
+    """Read a model against a resolved base, and warn where nothing would be carried over or heads grow."""
+    declared = is_base_of(given, model)
+    wider = doubled(given, model) if declared else None
+    scaling = Scaling.read(model, base, rules, choices, wider)
+    if not declared and all(r == 1 for s in scaling.specs for r in s.ratios.values()):
+        warnings.warn(
+            f"every parameter of {type(model).__name__} has the base's shape, so nothing is carried over; if this is "
+            f"the base run, say base='self', else give a smaller base",
+            stacklevel=2,
+        )
+    warn_about_heads(model, base)
+    return scaling
+
+
+def _own_factor(method: Method, spec: ParamSpec, settings: Settings) -> float:
+    if method.own_factor is None:
+        return 1.0
+    here = method.own_factor(settings, spec.fan_out.size * spec.split, spec.fan_in.size)
+    return method.own_factor(settings, spec.fan_out.base * spec.split, spec.fan_in.base) / here
+
+
+def _eps(size: Size | tuple[Size, ...], spec: ParamSpec, row: Row, folded: float, batch: float) -> EpsValue:
+    if isinstance(size, tuple):
+        return tuple(_one_eps(part, spec, row, folded, batch) for part in size)
+    return _one_eps(size, spec, row, folded, batch)
+
+
+def _one_eps(size: Size, spec: ParamSpec, row: Row, folded: float, batch: float) -> float:
+    scaled = 1.0 if row.update_norm is None else spec.evaluate(size.power(row), batch=batch)
+    return scaled * size.folded(folded)
+
+
+def _by_role_or_name(
+    given: Mapping[str, float], specs: Sequence[ParamSpec], names: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    roles = {Role(key): value for key, value in given.items() if key in _ROLE_WORDS}
+    guessed = [s for s in specs if not s.certain]
+    if guessed and {Role.INPUT, Role.HIDDEN, Role.OUTPUT} & roles.keys():
+        raise ValueError(
+            f"lr_multipliers name roles, but nothing grows against the base, so the roles of {len(guessed)} matrices "
+            f"are guesses; name them: {as_roles_line(guessed)}, or give base={{...}} as hyperparameter overrides"
+        )
+    unused = [role.value for role in roles if all(s.role is not role for s in specs)]
+    if unused:
+        raise ValueError(f"lr_multipliers name {unused}, but the model has only {sorted({s.role.value for s in specs})}")
+    found = {s.name: roles[s.role] for s in specs if s.role in roles}
+    by_name = match({k: v for k, v in given.items() if k not in _ROLE_WORDS}, names, "lr_multipliers")
+    twice = sorted(found.keys() & by_name.keys())
+    if twice:
+        raise ValueError(f"lr_multipliers name {twice} by role and by pattern; name each parameter once")
+    return found | by_name
+
+
+def _check_depth(specs: Sequence[ParamSpec], rules: Rules) -> None:
+    deeper = [s for s in specs if s.depth.ratio != 1]
+    if not deeper:
+        return
+    if not rules.uses_depth:
+        warnings.warn(
+            f"the model has {deeper[0].depth.size} blocks and the base {deeper[0].depth.base}, but rules "
+            f"{rules.name!r} say nothing about depth; use rules=['mup', 'complete_p']",
+            stacklevel=2,
+        )
+        return
+    blind = {s.block for s in deeper} - {s.block for s in deeper if s.branch}
+    if blind:
+        block = sorted(blind)[0]
+        matrices = [s.name for s in deeper if s.block == block and s.role is not Role.VECTOR]
+        raise ValueError(
+            f"cannot tell where the residual branches of {block!r} end; name the last matrix of each, with * for the "
+            f"block's number, in branches=[...], out of {matrices}"
+        )
+
+
+_ROLE_WORDS = (*(role.value for role in Role), "embedding", "readout")
