@@ -1,5 +1,6 @@
-"""Hyperparameters tuned on a small proxy, carried over to a large model."""
+"""Hyperparameters tuned on a small proxy, carried over to a large model: callbacks for PyTorch Lightning."""
 
+from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.base import Base
 from lightning_mup.core.layout import Layout
 from lightning_mup.core.method import Method, Size, all_methods
@@ -8,4 +9,24 @@ from lightning_mup.core.power import SPECTRAL, Power
 from lightning_mup.core.rules import Row, Rules, all_rules
 from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.core.spec import Dim, ParamSpec, Role
-from lightning_mup.callbacks.parametrize import Parametrize
+
+__all__ = [
+    "SPECTRAL",
+    "Base",
+    "Choices",
+    "Dim",
+    "Layout",
+    "Method",
+    "ParamPlan",
+    "ParamSpec",
+    "Parametrize",
+    "Plan",
+    "Power",
+    "Role",
+    "Row",
+    "Rules",
+    "Size",
+    "all_methods",
+    "all_rules",
+    "plan",
+]

@@ -153,7 +153,8 @@ class Plan:
             vector  1  64/16    1/1     adam    1     1   0.25  0.25  1-D      bias
         """
         header, lines = self.summary()
-        return "\n".join([f"rules={self.rules}  params={len(self.params)}  factors on the values at the base"] + aligned([header, *lines]))
+        title = f"rules={self.rules}  params={len(self.params)}  factors on the values at the base"
+        return "\n".join([title, *aligned([header, *lines])])
 
     def summary(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the cells of :meth:`table`; a column in which all is usual is left out."""

@@ -91,7 +91,9 @@ class Power:
         ratios = (fan_in, fan_out, depth, blocks_in, blocks_out, batch)
         for name, ratio in zip(RATIOS, ratios, strict=True):
             if not (ratio > 0 and math.isfinite(ratio)):
-                raise ValueError(f"ratio {name} must be positive and finite, got {ratio}; it is target size / base size")
+                raise ValueError(
+                    f"ratio {name} must be positive and finite, got {ratio}; it is target size / base size"
+                )
         return math.prod(_raise(ratio, exponent) for ratio, exponent in zip(ratios, self.exponents, strict=True))
 
     def __str__(self) -> str:
@@ -117,4 +119,4 @@ def _factors(pairs: Iterable[tuple[str, Fraction]]) -> list[str]:
 
 
 SPECTRAL = Power(fan_in=Fraction(-1, 2), fan_out=Fraction(1, 2))
-"""Wanted spectral norm of an update, (fan_out/fan_in)^(1/2): arXiv:2310.17813, condition 1; arXiv:2512.05620, App. B.7."""
+"""Wanted spectral norm of an update, (fan_out/fan_in)^(1/2): arXiv:2310.17813; arXiv:2512.05620, App. B.7."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -50,7 +49,9 @@ class Choices:
             raise ValueError(f"batch must be (batch size, base batch size), both positive, got {self.batch!r}")
         bad = {key: value for key, value in self.lr_multipliers.items() if not value > 0}
         if bad:
-            raise ValueError(f"lr_multipliers must be positive, got {bad}; freeze parameters with requires_grad_(False)")
+            raise ValueError(
+                f"lr_multipliers must be positive, got {bad}; freeze parameters with requires_grad_(False)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Scaling:
         specs: every trainable parameter.
         rules: the parametrization.
         choices: what the user said beyond.
-        base: the base's shapes and initial sizes.
-        base_names: name in the base of each parameter.
+        forward: forward multipliers by parameter name, beyond the rules'.
+        lr_multipliers: factors on the learning rate by parameter name.
     """
 
     specs: tuple[ParamSpec, ...]
@@ -72,7 +73,9 @@ class Scaling:
     lr_multipliers: Mapping[str, float]
 
     @classmethod
-    def read(cls, model: nn.Module, base: Base, rules: RulesLike, choices: Choices, wider: Base | None = None) -> Scaling:
+    def read(
+        cls, model: nn.Module, base: Base, rules: RulesLike, choices: Choices, wider: Base | None = None
+    ) -> Scaling:
         """Read a model against a base.
 
         Raises:
@@ -112,9 +115,9 @@ class Scaling:
     def param(self, spec: ParamSpec, method: Method, settings: Settings) -> ParamPlan:
         """Return the whole row of a parameter under a method with its settings (one parameter group's)."""
         start, row = self.initial(spec), self._row(spec)
-        lr = 1.0 if row.update_norm is None else spec.evaluate(row.update_norm / method.natural(spec, row))
-        lr *= start.folded ** method.fold_exponent(spec) * _own_factor(method, spec, settings)
-        lr *= self.lr_multipliers.get(spec.name, 1.0)
+        lr: float = start.folded ** method.fold_exponent(spec) * self.lr_multipliers.get(spec.name, 1.0)
+        if row.update_norm is not None:
+            lr *= spec.evaluate(row.update_norm / method.natural(spec, row)) * _own_factor(method, spec, settings)
         size, base_size = self.choices.batch
         eps = {
             key: _eps(size_of, spec, row, start.folded, size / base_size)
@@ -141,9 +144,9 @@ class Scaling:
         if method.decay == "coupled" or settings.get("decoupled_weight_decay"):
             return start.weight_decay / lr  # one step removes lr x weight_decay: undo what was done to lr
         if row.update_norm is None:
-            return start.folded**-2.0
+            return float(start.folded**-2.0)
         # An L2 term must keep its proportion to the gradient that it is added to.
-        return spec.evaluate(row.grad_rms / row.init_std) * start.folded**-2.0
+        return float(spec.evaluate(row.grad_rms / row.init_std) * start.folded**-2.0)
 
     def _row(self, spec: ParamSpec) -> Row:
         return self.rules.rows[spec.role]
@@ -237,7 +240,9 @@ def _by_role_or_name(
         )
     unused = [role.value for role in roles if all(s.role is not role for s in specs)]
     if unused:
-        raise ValueError(f"lr_multipliers name {unused}, but the model has only {sorted({s.role.value for s in specs})}")
+        raise ValueError(
+            f"lr_multipliers name {unused}, but the model has only {sorted({s.role.value for s in specs})}"
+        )
     found = {s.name: roles[s.role] for s in specs if s.role in roles}
     by_name = match({k: v for k, v in given.items() if k not in _ROLE_WORDS}, names, "lr_multipliers")
     twice = sorted(found.keys() & by_name.keys())

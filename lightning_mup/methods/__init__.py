@@ -1,1 +1,1 @@
-"""Optimizers, one declaration a file; a new file here (or an entry point ``lightning_mup.methods``) is found by name."""
+"""Optimizers, one declaration a file; a new file here, or an entry point of this name, is found by itself."""

@@ -1,1 +1,1 @@
-"""Parametrizations, one file each; a new file here (or an entry point ``lightning_mup.rules``) is found by name."""
+"""Parametrizations, one file each; a new file here, or an entry point of this name, is found by itself."""

@@ -28,5 +28,5 @@ MEAN_FIELD = Rules(
         Role.SCALAR: Row(update_norm=SPECTRAL, grad_rms=Power(fan_out=-1)),
     },
     tied_readout=Power(fan_out=-1),
-    reference="Mei et al. 2018 (arXiv:1804.06561); Everett et al. 2024 (arXiv:2407.05872), 'mean-field parametrization'",
+    reference="Mei et al. 2018 (arXiv:1804.06561); Everett et al. 2024 (arXiv:2407.05872), 'mean-field'",
 )

@@ -1,0 +1,1 @@
+"""Measurements as plain tables: coordinate checks, and the pictures of them."""
