@@ -1,5 +1,6 @@
 """Hyperparameters tuned on a small proxy, carried over to a large model: callbacks for PyTorch Lightning."""
 
+from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate_check
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.base import Base
 from lightning_mup.core.layout import Layout
@@ -14,6 +15,7 @@ __all__ = [
     "SPECTRAL",
     "Base",
     "Choices",
+    "CoordinateCheck",
     "Dim",
     "Layout",
     "Method",
@@ -28,5 +30,6 @@ __all__ = [
     "Size",
     "all_methods",
     "all_rules",
+    "coordinate_check",
     "plan",
 ]

@@ -1,4 +1,4 @@
-"""The command line ``lightning-mup``: print a plan, check how coordinates grow, measure an optimizer, list what there is.
+"""The command line ``lightning-mup``: print a plan, check coordinates, measure an optimizer, list what there is.
 
 Exit codes: 0 all is well, 1 a check failed or a plan differs, 2 the command could not be carried out.
 """
@@ -9,39 +9,31 @@ import argparse
 import ast
 import csv
 import functools
-import importlib
 import importlib.util
-import inspect
 import json
 import os
-import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, cast
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from lightning.pytorch import LightningModule
 
 from lightning_mup.analysis.coordinate import CoordinateReport
 from lightning_mup.analysis.plots import plot_coordinates
-from lightning_mup.callbacks.coordinate_check import coordinate_check
+from lightning_mup.callbacks.coordinate_check import Sweep, coordinate_check
 from lightning_mup.core.measure import Measurement, measure_update_norm
 from lightning_mup.core.method import Method, all_methods
+from lightning_mup.core.named import build_module, build_optimizer, keywords, load
 from lightning_mup.core.plan import Plan, Row, aligned
-from lightning_mup.core.registry import near
 from lightning_mup.core.rules import all_rules
 from lightning_mup.core.scaling import Choices, plan
 
-T = TypeVar("T")
-Settings = dict[str, object]
-Table = Sequence[Mapping[str, object]]
-
-_PLAN_EXAMPLE = "example: lightning-mup plan my_project.model:LitGPT --base width=128 --set width=1024 depth=12 --rules mup"
-_CHECK_EXAMPLE = "example: lightning-mup check my_project.model:LitGPT --widths 64,128,256,512 --lr 0.01 --out check.png"
+_PLAN_EXAMPLE = "example: lightning-mup plan my_project.model:LitGPT --base width=128 --set width=1024 depth=12"
+_CHECK_EXAMPLE = "example: lightning-mup check my_project.model:LitGPT --widths 64,128,256 --lr 0.01 --out check.png"
 _MEASURE_EXAMPLE = "example: lightning-mup measure my_project.optim:Lion --set betas=(0.9,0.99)"
 
 
@@ -79,17 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     settings, base = dict(args.set), dict(args.base)
-    build = functools.partial(_module, _load(args.target), args.target)
-    choices = Choices(roles=dict(args.role), branches=args.branches)
+    build = functools.partial(build_module, load(args.target), args.target)
     with torch.device("meta"):
         model = build(settings)
-    made = plan(model, lambda: build({**settings, **base}), rules=args.rules, method=args.method, choices=choices)
+    proxy = functools.partial(build, {**settings, **base})
+    made = plan(model, proxy, rules=args.rules, method=args.method, choices=_choices(args))
     if args.diff is not None:
         return _print_difference(made, args.diff)
     if args.json:
         print(made.to_json())
     elif args.csv:
-        _write_csv(made.rows(), None)
+        _write_csv(made.rows(), sys.stdout)
     else:
         _print_table(made)
     return 0
@@ -98,27 +90,27 @@ def _plan(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     if args.out and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"--out {args.out} needs matplotlib; install lightning_mup[plots], or leave --out away")
-    factory = functools.partial(_module_of, _load(args.target), args.target, dict(args.set))
-    checked = [args.rules] + ([] if args.against == "none" else [[args.against]])
-    reports = {}
-    for rules in checked:
-        label = " x ".join(rules)
-        reports[label] = _coordinates(factory, rules, args)
-        print(f"{label}: {reports[label].table()}\n")
-    if args.csv:
-        _write_csv([{"rules": label, **row} for label, report in reports.items() for row in report.rows()], args.csv)
-    if args.out:
-        plot_coordinates(reports, args.out)
-        print(f"drawn in {args.out}")
-    return 0 if next(iter(reports.values())).passed else 1
+    factory, fixed = load(args.target), dict(args.set)
+    reports: dict[str, CoordinateReport] = {}
+    passed = True
+    for axis, sizes in _sweeps(args).items():
+        with torch.device("meta"):
+            build_module(factory, args.target, {**fixed, axis: min(sizes)})  # fails early, and in plain words
+        for rules in [args.rules] + [[args.against]] * (args.against != "none"):
+            label = f"{' x '.join(rules)}, {axis}"
+            reports[label] = _coordinates(functools.partial(factory, **fixed), axis, sizes, rules, args)
+            passed &= reports[label].passed or rules is not args.rules
+            print(f"{label}: {reports[label].table()}\n")
+    _save(reports, args)
+    return 0 if passed else 1
 
 
 def _measure(args: argparse.Namespace) -> int:
-    optimizer = _load(args.target)
+    optimizer = load(args.target)
     declared = next((m for m in all_methods().values() if optimizer in m.optimizers), None)
-    settings = {**_quiet_settings(optimizer), **dict(args.set)}
+    settings = {**_without_decay(optimizer), **dict(args.set)}
     found = measure_update_norm(
-        lambda params: _optimizer(optimizer, args.target, params, settings),
+        lambda params: build_optimizer(optimizer, args.target, params, settings),
         own_factor=declared.own_factor if declared else None,
     )
     agrees = declared is None or _agrees(declared, found)
@@ -144,115 +136,48 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sweeps(args: argparse.Namespace) -> dict[str, Sequence[int]]:
+    given = {axis: sizes for axis, sizes in (("width", args.widths), ("depth", args.depths)) if sizes}
+    return given or {"width": (64, 128, 256, 512)}
+
+
 def _coordinates(
-    factory: Callable[..., nn.Module], rules: Sequence[str], args: argparse.Namespace
+    factory: Callable[..., object], axis: str, sizes: Sequence[int], rules: Sequence[str], args: argparse.Namespace
 ) -> CoordinateReport:
     return coordinate_check(
-        factory,
-        widths=args.widths,
-        depths=args.depths,
-        rules=rules[0] if len(rules) == 1 else rules,
+        cast(Callable[..., LightningModule], factory),
+        widths=sizes if axis == "width" else None,
+        depths=sizes if axis == "depth" else None,
+        rules=rules,
         method=args.method,
         lr=args.lr,
         steps=args.steps,
-        seeds=args.seeds,
+        sweep=Sweep(seeds=args.seeds, choices=_choices(args)),
     )
+
+
+def _save(reports: Mapping[str, CoordinateReport], args: argparse.Namespace) -> None:
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            _write_csv([{"rules": label, **row} for label, report in reports.items() for row in report.rows()], file)
+    if args.out:
+        plot_coordinates(reports, args.out)
+        print(f"drawn in {args.out}")
+
+
+def _choices(args: argparse.Namespace) -> Choices:
+    return Choices(roles=dict(args.role), branches=args.branches)
+
+
+def _without_decay(optimizer: Callable[..., object]) -> dict[str, object]:
+    """Return a learning rate, and weight decay off, as far as the optimizer takes them."""
+    known = keywords(optimizer) or ()
+    return {key: value for key, value in {"lr": 0.01, "weight_decay": 0.0}.items() if key in known}
 
 
 def _agrees(declared: Method, found: Measurement) -> bool:
     same = not isinstance(declared.update_norm, type(found.power)) or declared.update_norm == found.power
     return same and declared.weight_degree == found.weight_degree
-
-
-# -- what the user names ----------------------------------------------------------------------------------------------
-
-
-def _load(target: str) -> Callable[..., object]:
-    module_name, colon, path = target.partition(":")
-    if not (module_name and colon and path):
-        raise ValueError(f"{target!r} must be package.module:name, as in my_project.model:LitGPT")
-    found: object = _import(module_name)
-    for part in path.split("."):
-        if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_")]
-            raise ValueError(f"{module_name!r} has no {path!r}{near(part, public)}; name a class or function in it")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{target!r} must be a class or a function, got {found!r}")
-    return found
-
-
-def _import(name: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(f"importing {name!r} failed: {error}") from error
-        beside = [info.name for info in pkgutil.iter_modules([os.getcwd()])]
-        raise ValueError(
-            f"no module {error.name!r} in {os.getcwd()} or in the environment{near(error.name, beside)}; run in the "
-            f"folder that holds it, or install it"
-        ) from error
-    except Exception as error:  # the module is the user's, and may fail in any way
-        raise ValueError(f"importing {name!r} failed with {type(error).__name__}: {error}") from error
-
-
-def _called(function: Callable[..., T], target: str, positional: Sequence[object], settings: Settings) -> T:
-    _check_keywords(function, target, settings)
-    try:
-        return function(*positional, **settings)
-    except Exception as error:  # the factory is the user's, and may fail in any way
-        given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise ValueError(f"{target} called with ({given}) failed with {type(error).__name__}: {error}") from error
-
-
-def _check_keywords(function: Callable[..., object], target: str, settings: Settings) -> None:
-    known = _keywords(function)
-    unknown = [key for key in settings if known is not None and key not in known]
-    if unknown:
-        raise ValueError(
-            f"{target} takes no {unknown[0]!r}; it takes {', '.join(known or ())}{near(unknown[0], known or ())}"
-        )
-
-
-def _keywords(function: Callable[..., object]) -> list[str] | None:
-    """Return the keywords that a function takes; None where it takes any or does not say."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
-def _module(factory: Callable[..., object], target: str, settings: Settings) -> nn.Module:
-    made = _called(factory, target, (), settings)
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{target} must make a torch module, got {made!r}")
-    configure = getattr(made, "configure_model", None)
-    if configure is not None and next(made.parameters(), None) is None:
-        _called(configure, f"{target}.configure_model", (), {})
-    return made
-
-
-def _module_of(factory: Callable[..., object], target: str, fixed: Settings, **sizes: object) -> nn.Module:
-    return _module(factory, target, {**fixed, **sizes})
-
-
-def _optimizer(
-    kind: Callable[..., object], target: str, params: Sequence[nn.Parameter], settings: Settings
-) -> Optimizer:
-    made = _called(kind, target, (list(params),), settings)
-    if not isinstance(made, Optimizer):
-        raise ValueError(f"{target} must make a torch optimizer, got {made!r}")
-    return made
-
-
-def _quiet_settings(optimizer: Callable[..., object]) -> Settings:
-    """Return a learning rate, and weight decay off, as far as the optimizer takes them."""
-    known = _keywords(optimizer) or ()
-    return {key: value for key, value in {"lr": 0.01, "weight_decay": 0.0}.items() if key in known}
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------
@@ -263,10 +188,10 @@ def _print_table(made: Plan) -> None:
         print(made.table())
         return
     from rich.console import Console
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
     header, lines = made.summary()
-    table = RichTable(*header, title=made.table().partition("\n")[0], box=None, header_style="bold")
+    table = Table(*header, title=made.table().partition("\n")[0], box=None, header_style="bold")
     colours = {"input": "green", "hidden": "cyan", "output": "magenta"}
     for line in lines:
         table.add_row(*line, style=colours.get(line[0], ""))
@@ -293,11 +218,10 @@ def _saved(path: Path) -> tuple[str, list[Row]]:
         ) from error
 
 
-def _write_csv(rows: Table, path: Path | None) -> None:
-    with open(path, "w", newline="") if path else _stdout() as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0])
-        writer.writerows([[_cell(value) for value in row.values()] for row in rows])
+def _write_csv(rows: Sequence[Mapping[str, object]], file: TextIO) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([[_cell(value) for value in row.values()] for row in rows])
 
 
 def _cell(value: object) -> object:
@@ -308,12 +232,15 @@ def _cell(value: object) -> object:
 def _plain_warnings() -> Iterator[None]:
     """Print each warning as one line, without the source line that raised it."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's business here
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         yield
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -321,25 +248,48 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-mup", description="Carry hyperparameters from small to large models.")
+    what = "Carry hyperparameters from small to large models."
+    parser = argparse.ArgumentParser(prog="lightning-mup", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(_command(commands, "plan", _plan, "print what would be done to every parameter", _PLAN_EXAMPLE))
-    _add_check(_command(commands, "check", _check, "train small and wide models, compare how layers move", _CHECK_EXAMPLE))
+    _add_check(_command(commands, "check", _check, "train at several sizes, compare how layers move", _CHECK_EXAMPLE))
     told = _command(commands, "measure", _measure, "measure the scaling rule of an optimizer", _MEASURE_EXAMPLE)
     told.add_argument("target", metavar="MODULE:OPTIMIZER", help="an optimizer class, or a function of the parameters")
-    _add_set(told, "further arguments of the optimizer")
+    _add_pairs(told, "--set", "NAME=VALUE", "further arguments of the optimizer")
     _command(commands, "list", _list, "list the known rules and methods", "example: lightning-mup list")
     return parser
 
 
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    what: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what, epilog=example)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="MODULE:FACTORY", help="a module class, or a function that returns a module")
+    _add_pairs(parser, "--set", "NAME=VALUE", "arguments of the factory")
+    parser.add_argument("--rules", nargs="+", default=["mup"], help="parametrization, or several to multiply")
+    parser.add_argument("--method", default="adam", help="optimizer")
+    _add_pairs(parser, "--role", "PATTERN=ROLE", "roles of parameters that cannot be known")
+    parser.add_argument("--branches", nargs="+", metavar="PATTERN", help="last matrices of the residual branches")
+
+
+def _add_pairs(parser: argparse.ArgumentParser, option: str, form: str, what: str, *, required: bool = False) -> None:
+    parser.add_argument(
+        option, nargs="+", action="extend", type=_pair, default=[], required=required, metavar=form, help=what
+    )
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument(
-        "--base", nargs="+", action="extend", type=_pair, required=True, metavar="NAME=VALUE",
-        help="arguments in which the base (proxy) model differs",
-    )  # fmt: skip
-    parser.add_argument("--role", nargs="+", action="extend", type=_pair, default=[], metavar="PATTERN=ROLE")
-    parser.add_argument("--branches", nargs="+", metavar="PATTERN", help="last matrices of the residual branches")
+    _add_pairs(parser, "--base", "NAME=VALUE", "arguments in which the base (proxy) model differs", required=True)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the whole plan as json")
     output.add_argument("--csv", action="store_true", help="print the whole plan as csv")
@@ -348,11 +298,32 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--widths", type=_integers, default=(64, 128, 256, 512), metavar="N,N,...")
-    parser.add_argument("--depths", type=_integers, metavar="N,N,...", help="vary the depth, too")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate at the base")
+    parser.add_argument("--widths", type=_integers, metavar="N,N,...", help="64,128,256,512 if no sizes are given")
+    parser.add_argument("--depths", type=_integers, metavar="N,N,...", help="vary the depth")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate at the smallest size")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
     parser.add_argument("--seeds", type=_integers, default=(0, 1, 2), metavar="N,N,...")
-    parser.add_argument("--against", default="sp", metavar="RULES", help="rules to compare with; none for none")
+    parser.add_argument("--against", default="sp", metavar="RULES", help="rules to compare with, or none")
     parser.add_argument("--out", type=Path, metavar="CHECK.png", help="where to draw")
     parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="where to write the slopes")
+
+
+def _pair(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not (equals and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; write width=128")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; write 64,128,256") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,7 @@ def as_matrices(tensor: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
     return stack.reshape(spec.stack * spec.split, -1, math.prod(stack.shape[2:]))
 
 
-def spectral_norm(matrices_NOI: torch.Tensor) -> float:  # noqa: N803 - N matrices, O rows, I columns
+def spectral_norm(matrices_NOI: torch.Tensor) -> float:
     """Return the largest spectral norm of a stack of matrices, exact, in float32; inf where an entry is not finite.
 
     Shape:

@@ -9,40 +9,27 @@ import itertools
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, Kind, fit_slopes, save_coordinates
-from lightning_mup.analysis.updates import Yardstick
+from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_slopes, save_coordinates
 from lightning_mup.callbacks.parametrize import Parametrize
-from lightning_mup.callbacks.probe import Outputs, captured, seed_all, undisturbed
-from lightning_mup.core.base import Base, canonical
-from lightning_mup.core.infer import infer, shared_names
+from lightning_mup.callbacks.probe import seed_all
+from lightning_mup.callbacks.watch import Forward, Watch
 from lightning_mup.core.method import Method
-from lightning_mup.core.plan import ParamPlan
-from lightning_mup.core.rules import find_rules
 from lightning_mup.core.scaling import Choices, RulesLike
 
 FILE = "coordinate_check.csv"
-STREAM = "stream"
-MODEL = "(model)"
 _DEFAULT_LR = 0.01
 _TOLERANCES = {"width": 0.1, "depth": 0.15}
 _LOUD = ("lightning", "lightning.pytorch", "lightning.fabric")
-
-Forward = Callable[[LightningModule, Any], object]
 
 
 class CoordinateCheck(Callback):
@@ -52,8 +39,8 @@ class CoordinateCheck(Callback):
     and with its own randomness; training goes on exactly as it would have without. Recorded are, per module that owns
     parameters and per residual block, ``RMS(h_t - h_0)`` over all entries, and per parameter
     ``||W_t - W_(t-1)||_2 / (fan_out/fan_in)^1/2``, divided by what the plan's branch multipliers ask for. Under a right
-    parametrization none of them grows or falls with the model's size: collect the records of several sizes and give them
-    to :func:`~lightning_mup.analysis.coordinate.fit_slopes`, or let :func:`coordinate_check` do all this.
+    parametrization none of them grows or falls with the model's size: collect the records of several sizes and give
+    them to :func:`~lightning_mup.analysis.coordinate.fit_slopes`, or let :func:`coordinate_check` do all this.
 
     ``records`` holds the numbers; ``coordinate_check.csv`` in the log directory, too, as soon as the steps are over.
 
@@ -96,50 +83,37 @@ class CoordinateCheck(Callback):
         self.steps, self.probe, self.updates, self.forward = steps, probe, updates, forward
         self.size, self.seed = size, seed
         self.records: list[Coordinate] = []
-        self._clear()
-
-    def _clear(self) -> None:
+        self._watch: Watch | None = None
         self._running = False
-        self._batch: object = None
-        self._yardsticks: dict[str, Yardstick] = {}
-        self._watched: dict[str, nn.Module] = {}
-        self._outputs: Outputs = {}
-        self._weights: Outputs = {}
-
-    # -- when -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get ready to record from the first batch on."""
         if self.forward is None and not pl_module.automatic_optimization:
             raise ValueError(
-                f"training_step of {type(pl_module).__name__} steps its optimizers itself, so a coordinate check cannot "
-                f"run it; give CoordinateCheck(forward=lambda module, batch: module(batch[0])), say"
+                f"training_step of {type(pl_module).__name__} steps its optimizers itself, so a coordinate check "
+                f"cannot run it; give CoordinateCheck(forward=lambda module, batch: module(batch[0])), say"
             )
-        self._clear()
-        self.records, self._step, self._seen = [], 0, trainer.global_step
-        self._running = True
+        self.records, self._watch, self._running = [], None, True
+        self._step, self._seen = 0, trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Before the first step: remember all outputs and weights."""
-        if self._running and self._batch is None:
-            self._batch = copy.deepcopy(batch) if self.probe is None else self._on_device(trainer)
-            self._yardsticks = self._read(trainer, pl_module)
-            self._watched = _watched(pl_module, self._yardsticks)
-            self._outputs = self._run(trainer, pl_module)
-            self._drop_repeated_model_output()
-            self._weights = self._copied(pl_module)
+        if self._running and self._watch is None:
+            probe = batch if self.probe is None else self._on_device(trainer)
+            self._watch = Watch(trainer, pl_module, probe, updates=self.updates, forward=self.forward)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """After each optimizer step: compare."""
-        if not self._running or trainer.global_step == self._seen:  # gradients are still being accumulated
+        if self._watch is None or trainer.global_step == self._seen:  # gradients are still being accumulated
             return
         self._seen = trainer.global_step
         self._step += 1
-        found = self._changes(trainer, pl_module) | self._updates(pl_module)
+        found = self._watch.outputs() | self._watch.updates()  # on every rank, since sharded ones work together
         if trainer.is_global_zero:
-            self.records += [Coordinate(self.size, self.seed, self._step, *k, v, self._group(k)) for k, v in found.items()]
+            here = (self.size, self.seed, self._step)
+            self.records += [Coordinate(*here, *key, value, self._watch.group(key)) for key, value in found.items()]
         if self._step == self.steps:
             self._finish(trainer)
 
@@ -149,114 +123,17 @@ class CoordinateCheck(Callback):
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        self._clear()
-        folder = trainer.log_dir  # type: ignore[attr-defined]  # asked on every rank, since ranks talk about it
-        if folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        self._watch, self._running = None, False
+        if trainer.barebones or getattr(trainer, "fast_dev_run", False):
+            return
+        folder = trainer.log_dir  # asked on every rank, since it is sent from the first
+        if folder is not None and trainer.is_global_zero:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_coordinates(self.records, Path(folder) / FILE)
-
-    # -- what -----------------------------------------------------------------------------------------------------
 
     def _on_device(self, trainer: Trainer) -> object:
         batch = trainer.precision_plugin.convert_input(copy.deepcopy(self.probe))
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-    def _read(self, trainer: Trainer, module: LightningModule) -> dict[str, Yardstick]:
-        found = _parametrize(trainer)
-        if found is not None and found.plan is not None:
-            rules = find_rules(found.rules)
-            return {p.spec.name: Yardstick.of(p, rules) for p in found.plan.params}
-        shapes = {n: tuple(p.shape) for names, p in shared_names(module) for n in names}
-        try:
-            specs = infer(module, Base(shapes))
-        except ValueError as error:
-            rank_zero_warn(f"CoordinateCheck records outputs but no updates, since it cannot read the parameters: {error}")
-            return {}
-        return {spec.name: Yardstick.of(ParamPlan(spec), None) for spec in specs}
-
-    def _run(self, trainer: Trainer, module: LightningModule) -> Outputs:
-        batch = copy.deepcopy(self._batch)  # a training step may write into its batch
-        with undisturbed(module), captured(self._watched) as outputs:
-            if self.forward is not None:
-                self.forward(module, batch)
-            else:
-                with trainer.precision_plugin.train_step_context():
-                    _training_step(module, batch)
-        return outputs
-
-    def _drop_repeated_model_output(self) -> None:
-        last = self._outputs.get(MODEL)
-        others = (t for name, t in self._outputs.items() if name != MODEL)
-        if last is not None and any(torch.equal(last, other) for other in others):
-            del self._outputs[MODEL], self._watched[MODEL]
-
-    def _copied(self, module: LightningModule) -> Outputs:
-        named = {names[0]: p for names, p in shared_names(module)} if self.updates else {}
-        return {name: _whole(named[name]) for name in self._yardsticks if name in named}
-
-    def _changes(self, trainer: Trainer, module: LightningModule) -> dict[tuple[Kind, str], float]:
-        after = self._run(trainer, module)
-        lost = [n for n, start in self._outputs.items() if n not in after or after[n].shape != start.shape]
-        for name in lost:
-            rank_zero_warn(f"CoordinateCheck drops {name!r}: its output on the probe is not of the same shape every time")
-            del self._outputs[name], self._watched[name]
-        return {
-            ("output", name): float((after[name] - start).square().mean().sqrt()) / self._by_design(name)
-            for name, start in self._outputs.items()
-        }
-
-    def _updates(self, module: LightningModule) -> dict[tuple[Kind, str], float]:
-        before, self._weights = self._weights, self._copied(module)
-        return {("update", n): self._yardsticks[n].measure(self._weights[n] - before[n]) for n in before}
-
-    def _by_design(self, layer: str) -> float:
-        found = None if layer == MODEL else _main(layer, self._watched[layer], self._yardsticks, ends=True)
-        return 1.0 if found is None else found.output
-
-    def _group(self, key: tuple[Kind, str]) -> str:
-        kind, layer = key
-        if kind == "update":
-            return self._yardsticks[layer].spec.role.value
-        found = None if layer == MODEL else _main(layer, self._watched[layer], self._yardsticks)
-        return STREAM if found is None else found.spec.role.value
-
-
-def _parametrize(trainer: Trainer) -> Parametrize | None:
-    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
-    return next((c for c in callbacks if isinstance(c, Parametrize)), None)
-
-
-def _watched(module: LightningModule, yardsticks: Mapping[str, Yardstick]) -> dict[str, nn.Module]:
-    """Modules that own parameters, residual blocks, and the model itself, by canonical name."""
-    blocks = {y.spec.block for y in yardsticks.values()}
-    named = ((canonical(f"{name}.").strip("."), part) for name, part in module.named_modules())
-    return {
-        name or MODEL: part
-        for name, part in named
-        if not name or name in blocks or next(part.parameters(recurse=False), None) is not None
-    }
-
-
-def _main(
-    layer: str, module: nn.Module, yardsticks: Mapping[str, Yardstick], *, ends: bool = False
-) -> Yardstick | None:
-    """Yardstick of the parameter that stands for a module: what it is, or what its output ends with."""
-    own = [f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)]
-    if ends and isinstance(module, nn.MultiheadAttention):  # calls its out_proj as a function
-        own = [f"{layer}.out_proj.weight"]
-    shared = {name: y for y in yardsticks.values() for name in (y.spec.name, *y.spec.tied_to)}
-    return next((shared[name] for name in own if name in shared), None)
-
-
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    data = parameter.detach()
-    return data.full_tensor() if isinstance(data, DTensor) else data.clone()
-
-
-def _training_step(module: LightningModule, batch: object) -> None:
-    # as Lightning itself decides it: a second argument is the batch's index, whatever its name
-    indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    module.training_step(*((batch, 0) if indexed else (batch,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,3 +160,145 @@ class Sweep:
     updates: bool = True
     accelerator: str = "auto"
     progress: bool = True
+
+
+def coordinate_check(
+    factory: Callable[..., LightningModule],
+    *,
+    widths: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    rules: RulesLike = "mup",
+    method: str | Method | None = "adam",
+    lr: float | None = None,
+    steps: int = 10,
+    sweep: Sweep | None = None,
+) -> CoordinateReport:
+    """Train a model at several widths or depths for a few steps and fit how each layer's changes grow with size.
+
+    A right parametrization gives slopes near 0 everywhere. The smallest size is the base. Global random states, logging
+    and the working directory are left as they were.
+
+    Args:
+        factory: builds the module: called with ``width=`` or ``depth=`` if it takes such an argument, else with the
+            size alone.
+        widths: two or more widths.
+        depths: two or more depths, instead of widths.
+        rules: parametrization by name, or several to multiply (``["mup", "complete_p"]`` for depth).
+        method: name of an optimizer; ``None`` keeps the modules' own ``configure_optimizers``.
+        lr: learning rate of ``method`` at the base; None means 0.01.
+        steps: optimizer steps to take and to check.
+        sweep: how to run the trainings: seeds, data, tolerance and so on.
+
+    Raises:
+        ValueError: not exactly one of widths and depths is given, it holds fewer than two sizes, or ``lr`` is given
+            without ``method``.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from torch import nn
+        >>> def factory(width: int) -> LightningModule:
+        ...     module = BoringModel()
+        ...     module.layer = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 2))
+        ...     return module
+        >>> once = Sweep(seeds=(0, 1), tolerance=0.5, accelerator="cpu", progress=False)
+        >>> coordinate_check(factory, widths=[64, 128, 256], steps=2, sweep=once).passed
+        True
+
+    Reference:
+        Yang et al. 2022 (arXiv:2203.03466), Appendix D.1; Dey et al. 2025 (arXiv:2505.01618), section 4 (depth).
+    """
+    axis, sizes = _sizes(widths, depths)
+    how = sweep or Sweep()
+    if method is not None and lr is None:
+        lr = _DEFAULT_LR
+    runs = _Runs(factory, axis, sizes, rules, method, lr, steps, how)
+    tolerance = _TOLERANCES[axis] if how.tolerance is None else how.tolerance
+    return fit_slopes(runs.records(), tolerance=tolerance, size=axis)
+
+
+def _sizes(widths: Sequence[int] | None, depths: Sequence[int] | None) -> tuple[str, tuple[int, ...]]:
+    if (widths is None) == (depths is None):
+        raise ValueError(f"give either widths or depths, got widths={widths!r} and depths={depths!r}")
+    axis, given = ("width", widths) if depths is None else ("depth", depths)
+    sizes = tuple(sorted(set(given or ())))
+    if len(sizes) < 2 or sizes[0] < 1:
+        raise ValueError(f"{axis}s must hold two positive sizes or more, got {given!r}; try 64, 128, 256")
+    return axis, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    factory: Callable[..., LightningModule]
+    axis: str
+    sizes: tuple[int, ...]
+    rules: RulesLike
+    method: str | Method | None
+    lr: float | None
+    steps: int
+    sweep: Sweep
+
+    def records(self) -> list[Coordinate]:
+        data = self.sweep.data
+        if data is not None and not isinstance(data, LightningDataModule):
+            data = list(itertools.islice(cast(Iterable[object], data), self.steps))
+        todo = list(itertools.product(self.sizes, self.sweep.seeds))
+        with isolate_rng(), _quiet(), tqdm(todo, "coordinate check", disable=not self.sweep.progress) as bar:
+            return [record for size, seed in bar for record in self.run(size, seed, data)]
+
+    def run(self, size: int, seed: int, data: object) -> list[Coordinate]:
+        check = CoordinateCheck(self.steps, updates=self.sweep.updates, size=size, seed=seed)
+        seed_all(seed)
+        module = self.build(size)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                accelerator=self.sweep.accelerator,
+                devices=1,
+                max_steps=self.steps,
+                max_epochs=-1,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=folder,
+                callbacks=[self.parametrize(size), check],
+            )
+            seed_all(seed)  # models of all sizes see the same batches, however many numbers their construction drew
+            trainer.fit(module, data)
+        return check.records
+
+    def build(self, size: int) -> LightningModule:
+        parameters = inspect.signature(self.factory).parameters.values()
+        named = any(p.name == self.axis or p.kind is p.VAR_KEYWORD for p in parameters)
+        return self.factory(**{self.axis: size}) if named else self.factory(size)
+
+    def parametrize(self, size: int) -> Parametrize:
+        choices = self.sweep.choices
+        return Parametrize(
+            base="self" if size == self.sizes[0] else lambda: self.build(self.sizes[0]),
+            rules=self.rules,
+            method=self.method,
+            lr=self.lr,
+            weight_decay=self.sweep.weight_decay,
+            roles=choices.roles,
+            branches=choices.branches,
+            forward=choices.forward,
+            lr_multipliers=choices.lr_multipliers,
+            batch=choices.batch,
+            multipliers=choices.multipliers,
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from announcing itself once per training."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOUD)]
+    for logger, _ in levels:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)  # advice on workers and on the machine
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)

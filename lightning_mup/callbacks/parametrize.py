@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-import torch
+from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mup.callbacks.companions import optimizers_in, refuse_companions, refuse_meta
+from lightning_mup.callbacks.mark import mark, unmarked
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
+from lightning_mup.callbacks.record import as_state, compare, compare_forward, log_plan
 from lightning_mup.core.base import Base, resolve_base
+from lightning_mup.core.base import _proxy as build_proxy
 from lightning_mup.core.groups import GroupSplitter, check_groups
 from lightning_mup.core.infer import RoleLike, shared_names
-from lightning_mup.core.initialize import Initialize, initialize
+from lightning_mup.core.initialize import Initialize, initialize, padding_rows
 from lightning_mup.core.method import Method, all_methods, find_method
-from lightning_mup.core.multipliers import ForwardMultiplier, install
-from lightning_mup.core.plan import ParamPlan, Plan, Row
+from lightning_mup.core.multipliers import ForwardMultiplier, install, silent
+from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import Power
 from lightning_mup.core.scaling import Choices, Multipliers, RulesLike, Scaling, read
-
-MARK = "_lightning_mup"
-_DIFFERENCES_SHOWN = 8
 
 
 class Parametrize(Callback):
@@ -43,6 +44,7 @@ class Parametrize(Callback):
             :class:`Base` or the path of a saved one, or ``"self"`` for the base run itself.
         rules: parametrization by name, or several to multiply (``["mup", "complete_p"]``).
         method: name of an optimizer to supply in place of the module's own; ``None`` keeps ``configure_optimizers``.
+            Lightning wants that method to be there in any case; it is not called.
         lr: learning rate at the base (> 0), for ``method``.
         weight_decay: fraction of a weight removed per step at the base, independent of ``lr`` (>= 0), for ``method``.
         options: further arguments of the optimizer of ``method`` (``{"betas": (0.9, 0.95)}``).
@@ -74,7 +76,7 @@ class Parametrize(Callback):
         Qiu et al. 2025 (arXiv:2512.05620), section 3 and Tables 1 and 2; Yang et al. 2022 (arXiv:2203.03466).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each argument is a decision of its own
         self,
         base: object,
         *,
@@ -110,6 +112,8 @@ class Parametrize(Callback):
                 f"lr={lr!r}, weight_decay={weight_decay!r}, options and schedule belong to method=...; without a "
                 f"method they are the module's own configure_optimizers' business"
             )
+        if taken := {"lr", "weight_decay"} & set(options or {}):
+            raise ValueError(f"options hold {sorted(taken)}, each of which is an argument of its own; give it there")
         if initialize not in ("scale", "draw", "keep"):
             raise ValueError(f"initialize must be 'scale', 'draw' or 'keep', got {initialize!r}")
         self.lr, self.weight_decay = lr, weight_decay
@@ -119,7 +123,8 @@ class Parametrize(Callback):
         self.plan: Plan | None = None
         self._scaling: Scaling | None = None
         self._base: Base | None = None
-        self._pending: list[str] = []
+        self._fitting = False
+        self._pending: dict[str, ParamPlan] = {}  # on the meta device so far
         self._hooks: dict[str, ForwardMultiplier] = {}
         self._saved: dict[str, Any] | None = None
 
@@ -127,12 +132,13 @@ class Parametrize(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the hooks of the module between which its parameters appear and its optimizer is built."""
-        _refuse_companions(trainer)
-        self._scaling, self._base = None, None
+        refuse_companions(trainer, Parametrize)
+        self._scaling, self._base, self._pending, self._saved = None, None, {}, None
+        self._fitting = stage == "fit"
         built_in = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         patch_method(pl_module, built_in, after=self._parametrize)
-        if stage == "fit":
-            self.plan, self._saved = None, None
+        if self._fitting:
+            self.plan = None
             patch_method(pl_module, "configure_optimizers", instead=self._configure_optimizers)
             rank_zero_info(
                 f"Parametrize acts after {type(pl_module).__name__}.{built_in} (initial values) and around "
@@ -144,20 +150,25 @@ class Parametrize(Callback):
         for name in ("configure_model", "setup", "configure_optimizers"):
             unpatch_method(pl_module, name)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module its own hooks back."""
+        self.teardown(trainer, pl_module, "fit")
+        if any(p.is_meta for p in pl_module.parameters()):
+            raise exception  # or Lightning's clean-up moves the module, which fails and hides this error
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the plan once and hand it to the loggers."""
         if self.plan is not None:
             rank_zero_info(f"\n{self.plan.table()}")
             self._say_clipping(trainer)
-            _log(trainer, self.plan)
+            log_plan(trainer, self.plan)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that nobody undid the plan."""
         check_groups(optimizer)
-        silent = [name for name, hook in self._hooks.items() if not hook.ran]
-        if silent:
+        if names := silent(pl_module, self._hooks):
             raise ValueError(
-                f"the forward multipliers of {silent} were never applied, since their module's forward is not called; "
+                f"the forward multipliers of {names} were never applied, since their module's forward is not called; "
                 f"use multipliers='fold', or call the module rather than its weight"
             )
 
@@ -166,53 +177,59 @@ class Parametrize(Callback):
     def _parametrize(self, module: LightningModule) -> None:
         if next(module.parameters(), None) is None:
             raise ValueError(
-                f"{type(module).__name__} has no parameters after setup; build them in __init__, setup or configure_model"
+                f"{type(module).__name__} has no parameters after setup; build them in __init__, setup or "
+                f"configure_model"
             )
+        if self._fitting:
+            refuse_meta(module.trainer, module)
         if self._scaling is None:
-            self._base = resolve_base(self.base, module, materialize=self.initialize != "keep")
-            self._scaling = read(module, self.base, self._base, self.rules, self.choices)
-        digest = Plan(tuple(map(self._scaling.initial, self._scaling.specs)), self._scaling.rules.name).digest()
-        mark = module.__dict__.get(MARK)
-        if mark is None:
-            module.__dict__[MARK] = digest
-            self._hooks = install(module, map(self._scaling.initial, self._scaling.specs))
-            self._initialize(module, meta=False)
-        elif mark != digest:
-            raise ValueError(
-                f"{type(module).__name__} was parametrized before under another plan ({mark}, now {digest}); train a "
-                f"new instance, or give the same base and rules"
-            )
-
-    def _initialize(self, module: LightningModule, *, meta: bool) -> None:
+            self._read(module)
         assert self._scaling is not None
+        params = {spec.name: self._scaling.initial(spec) for spec in self._scaling.specs}
+        if self._fitting and self.initialize == "keep":
+            mark(module, params)
+        elif self._fitting:
+            fresh, on_meta = unmarked(module, params), {names[0] for names, p in shared_names(module) if p.is_meta}
+            self._pending = {name: param for name, param in fresh.items() if name in on_meta}
+            self._initialize(module, {name: param for name, param in fresh.items() if name not in on_meta})
+        self._hooks = install(module, params.values())
+
+    def _read(self, module: LightningModule) -> None:
+        materialize = self._fitting and self.initialize != "keep"
+        given = self.base
+        if isinstance(given, Mapping) or (callable(given) and not isinstance(given, nn.Module)):
+            given = functools.partial(_proxy_beside, given, module)
+        with isolate_rng():
+            base = resolve_base(given, module, materialize=materialize)
+            # Ranks that start from other seeds measure other values; all must scale alike.
+            self._base = module.trainer.strategy.broadcast(base)
+            self._scaling = read(module, self.base, self._base, self.rules, self.choices)
+
+    def _initialize(self, module: LightningModule, params: Mapping[str, ParamPlan], *, meta: bool = False) -> None:
         assert self._base is not None
-        specs = {spec.name: spec for spec in self._scaling.specs}
-        named = {names[0]: p for names, p in shared_names(module) if names[0] in specs}
-        if not meta:
-            self._pending = [name for name, p in named.items() if p.is_meta]
-        chosen = {name: p for name, p in named.items() if (name in self._pending) == meta}
-        missing = [n for n in chosen if specs[n].base_name not in self._base.measured and self.initialize != "keep"]
+        missing = [name for name, param in params.items() if param.spec.base_name not in self._base.measured]
         if missing:
             raise ValueError(
                 f"the base knows no initial values of {missing[:3]}; save it from a module that is not on the meta "
                 f"device, or give initialize='keep'"
             )
         initialize(
-            chosen,
-            {name: self._scaling.initial(specs[name]) for name in chosen},
-            {name: self._base.measured[specs[name].base_name] for name in chosen if self.initialize != "keep"},
-            how="draw" if meta and self.initialize != "keep" else self.initialize,
+            {names[0]: p for names, p in shared_names(module) if names[0] in params},
+            params,
+            {name: self._base.measured[param.spec.base_name] for name, param in params.items()},
+            how="draw" if meta else self.initialize,
             seed=self.seed,
+            padding=padding_rows(module),
         )
+        mark(module, params)
 
     def _configure_optimizers(self, module: LightningModule, original: Callable[[], Any]) -> Any:  # noqa: ANN401
         assert self._scaling is not None
-        if self._pending and module.trainer.ckpt_path is None:
-            self._initialize(module, meta=True)
+        self._initialize_pending(module)
         names = {id(p): names[0] for names, p in shared_names(module)}
         with GroupSplitter(self._scaling, names, self.declare) as splitter:
             result = original() if self.method is None else self._supply(module)
-        unseen = [o for o in _optimizers_in(result) if o not in splitter.optimizers]
+        unseen = [o for o in optimizers_in(result) if o not in splitter.optimizers]
         if unseen:
             raise ValueError(
                 f"{type(unseen[0]).__name__} was built before configure_optimizers was called, so its groups could "
@@ -222,6 +239,14 @@ class Parametrize(Callback):
         self.plan = self._complete(splitter.params)
         self._compare()
         return result
+
+    def _initialize_pending(self, module: LightningModule) -> None:
+        """Draw what was on the meta device and has memory by now, unless a checkpoint is about to fill it."""
+        pending, self._pending = self._pending, {}
+        if module.trainer.ckpt_path is None:
+            self._initialize(module, pending, meta=True)
+        else:
+            mark(module, pending)
 
     def _complete(self, optimized: Mapping[str, ParamPlan]) -> Plan:
         assert self._scaling is not None
@@ -235,8 +260,7 @@ class Parametrize(Callback):
         method = cast(Method, self.method)
         assert method.build is not None
         assert self.lr is not None
-        if is_overridden("configure_optimizers", module):
-            rank_zero_info(f"method={method.name!r} replaces the optimizer of {type(module).__name__}.")
+        rank_zero_info(f"method={method.name!r} replaces the optimizer of {type(module).__name__}.")
         trainable = [p for p in module.parameters() if p.requires_grad]
         # Coupled optimizers remove lr x weight_decay per step.
         optimizer = method.build(trainable, lr=self.lr, weight_decay=self.weight_decay / self.lr, **self.options)
@@ -258,29 +282,45 @@ class Parametrize(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, with its digest."""
-        if self.plan is None:
-            return {}
-        return {"digest": self.plan.digest(), "rules": self.plan.rules, "rows": json.dumps(self.plan.rows())}
+        return {} if self.plan is None else as_state(self.plan)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the checkpoint's plan, and compare it as soon as there is one here."""
         self._saved = state_dict or None
         self._compare()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a run that was not parametrized: its optimizer has other groups."""
+        if self._fitting and self.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                f"the checkpoint (step {checkpoint.get('global_step')}) was written without Parametrize, so its "
+                f"optimizer cannot be resumed under a plan; start anew from its weights "
+                f"(load_from_checkpoint) with initialize='keep'"
+            )
+
     def _compare(self) -> None:
-        if self.plan is None or self._saved is None or self._saved["digest"] == self.plan.digest():
+        if self._saved is None:
             return
-        there: list[Row] = json.loads(self._saved["rows"])
-        lines = self.plan.diff(there)
-        if self._saved["rules"] != self.plan.rules:
-            lines.insert(0, f"rules {self.plan.rules} (other: {self._saved['rules']})")
-        more = f"\n  ... and {len(lines) - _DIFFERENCES_SHOWN} more" if len(lines) > _DIFFERENCES_SHOWN else ""
-        shown = "\n  ".join(lines[:_DIFFERENCES_SHOWN])
-        raise ValueError(
-            f"the checkpoint was written under another plan (other: {self._saved['digest']}, here: "
-            f"{self.plan.digest()}):\n  {shown}{more}\nresume with the base, rules and multipliers of that run, or "
-            f"start anew from its weights with initialize='keep'"
-        )
+        if self._fitting and self.plan is not None:
+            compare(self.plan, self._saved)
+        elif not self._fitting and self._scaling is not None:
+            initial = tuple(map(self._scaling.initial, self._scaling.specs))
+            compare_forward(Plan(initial, self._scaling.rules.name), self._saved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let processes be spawned: a lambda cannot be pickled, so the base that it builds stands in for it."""
+        state = self.__dict__.copy()
+        if isinstance(self.base, types.FunctionType) and "<" in self.base.__qualname__:
+            state["base"] = resolve_base(self.base, nn.Module(), materialize=self.initialize != "keep")
+        return state
+
+
+def _proxy_beside(given: object, module: LightningModule) -> nn.Module:
+    """Build the proxy; one that shards itself in ``configure_model`` needs the target's device mesh."""
+    proxy = build_proxy(given, module)
+    if isinstance(proxy, LightningModule):
+        proxy._device_mesh = module._device_mesh
+    return proxy
 
 
 def _supplied(method: str | Method, lr: float | None, weight_decay: float) -> Method:
@@ -301,38 +341,3 @@ def _supplied(method: str | Method, lr: float | None, weight_decay: float) -> Me
             f"before normalizing; use method='adamw'"
         )
     return found
-
-
-def _refuse_companions(trainer: Trainer) -> None:
-    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
-    if any(isinstance(c, LearningRateFinder) for c in callbacks):
-        raise ValueError(
-            f"{LearningRateFinder.__name__} sets one learning rate for all groups, which undoes the plan; run it on "
-            f"the base model without Parametrize, and give the rate that it finds here"
-        )
-    count = sum(isinstance(c, Parametrize) for c in callbacks)
-    if count > 1:
-        raise ValueError(f"there are {count} Parametrize callbacks; a module has one plan, keep one")
-
-
-def _optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401
-    if isinstance(result, Optimizer):
-        return [result]
-    if isinstance(result, dict):
-        return _optimizers_in(result.get("optimizer"))
-    if isinstance(result, (list, tuple)):
-        return [found for part in result for found in _optimizers_in(part)]
-    return []
-
-
-@rank_zero_only
-def _log(trainer: Trainer, plan: Plan) -> None:
-    header, lines = plan.summary()
-    for logger in trainer.loggers:
-        logger.log_hyperparams({"parametrization": {"rules": plan.rules, "digest": plan.digest()}})
-        if hasattr(logger, "log_table"):
-            logger.log_table("parametrization", columns=header, data=lines)
-    if trainer.log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        folder = Path(trainer.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(plan.to_json())

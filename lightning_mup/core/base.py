@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,7 @@ from torch import nn
 from lightning_mup.core.registry import near
 
 BaseLike = "Base | nn.Module | Mapping[str, object] | Callable[[], nn.Module] | str | Path"
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _FORMAT = 1
 
 
@@ -78,8 +78,10 @@ class Base:
         """Read a module; parameters on the meta device give shapes only.
 
         Raises:
-            ValueError: the module has no parameters.
+            ValueError: the module has no parameters, or lazy ones.
         """
+        module = bare_model(module)
+        refuse_lazy(module)
         named = {canonical(n): p for n, p in module.named_parameters(remove_duplicate=False)}
         if not named:
             raise ValueError(
@@ -87,7 +89,7 @@ class Base:
             )
         return cls(
             shapes={n: tuple(p.shape) for n, p in named.items()},
-            measured={n: Measured.of(p) for n, p in named.items() if not p.is_meta},
+            measured={n: Measured.of(p) for n, p in named.items() if not p.is_meta and p.numel()},
             head_dims=head_dims(module),
         )
 
@@ -102,9 +104,12 @@ class Base:
             data = json.loads(Path(path).read_text())
             known = data["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"cannot read a base from {str(path)!r} ({error}); write one with Base.of(m).save(path)")
+            problem = f"cannot read a base from {str(path)!r} ({error}); write one with Base.of(module).save(path)"
+            raise ValueError(problem) from error
         if known != _FORMAT:
-            raise ValueError(f"base file {str(path)!r} has format {known!r}, this version reads {_FORMAT}; save it anew")
+            raise ValueError(
+                f"base file {str(path)!r} has format {known!r}, this version reads {_FORMAT}; save it anew"
+            )
         return cls(
             shapes={n: tuple(s) for n, s in data["shapes"].items()},
             measured={n: Measured(*m) for n, m in data["measured"].items()},
@@ -129,6 +134,36 @@ class Base:
             "head_dims": dict(self.head_dims),
         }
         Path(path).write_text(json.dumps(data, indent=1))
+
+
+def bare_model(module: nn.Module) -> nn.Module:
+    """Return the module inside of a data-parallel wrapper, so that no name starts with ``module.``.
+
+    Examples:
+        >>> bare_model(nn.DataParallel(nn.Linear(2, 2)))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return bare_model(module.module) if isinstance(module, wrappers) else module
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Refuse parameters that have no shape before the first batch.
+
+    Raises:
+        ValueError: there is one.
+
+    Examples:
+        >>> refuse_lazy(nn.LazyLinear(2))
+        Traceback (most recent call last):
+        ValueError: parameter 'weight' of LazyLinear is lazy and has no shape yet; run one batch through the model ...
+    """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} of {type(module).__name__} is lazy and has no shape yet; run one batch through "
+                f"the model first (in the factory, for a base)"
+            )
 
 
 def head_dims(module: nn.Module) -> dict[str, int]:
@@ -164,12 +199,12 @@ def resolve_base(base: object, target: nn.Module, *, materialize: bool = False) 
         return base
     if isinstance(base, nn.Module):
         return Base.of(base)
-    if isinstance(base, str) and base == "self":
-        return Base.of(target)
     if isinstance(base, (str, Path)):
-        return Base.load(base)
-    with _proxy_context(materialize):
-        return Base.of(_built(_proxy(base, target)))
+        return Base.of(target) if base == "self" else Base.load(base)
+    if not materialize:
+        with contextlib.suppress(Exception):  # a constructor may read values (.item()), which meta tensors lack
+            return _build(base, target, "meta")
+    return _build(base, target, "cpu")
 
 
 def is_base_of(base: object, target: nn.Module) -> bool:
@@ -189,17 +224,16 @@ def doubled(base: object, target: nn.Module) -> Base | None:
         return None
     wider = {k: 2 * v if isinstance(v, int) and not isinstance(v, bool) else v for k, v in base.items()}
     try:
-        with _proxy_context(materialize=False):
-            return Base.of(_built(_proxy(wider, target)))
+        return _build(wider, target, "meta")
     except Exception:  # any model may refuse any size; the caller then falls back on the module type
         return None
 
 
-@contextlib.contextmanager
-def _proxy_context(materialize: bool) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if materialize else "meta"):
-        torch.manual_seed(0)
-        yield
+def _build(base: object, target: nn.Module, device: str) -> Base:
+    # torch.manual_seed would reset the accelerators' generators too, which fork_rng leaves alone here.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.default_generator.manual_seed(0)
+        return Base.of(_built(_proxy(base, target)))
 
 
 def _proxy(base: object, target: nn.Module) -> nn.Module:
@@ -207,11 +241,14 @@ def _proxy(base: object, target: nn.Module) -> nn.Module:
         return _rebuilt(target, cast(Mapping[str, object], base))
     if not callable(base):
         raise TypeError(
-            f"base must be a factory, a dict of hyperparameter overrides, a module, a saved base or 'self', got {base!r}"
+            f"base must be a factory, a dict of hyperparameter overrides, a module, a saved base or 'self', got "
+            f"{base!r}; pass lambda: {type(target).__name__}(...) at the size on which you tuned"
         )
     module = cast(Callable[[], object], base)()
     if not isinstance(module, nn.Module):
-        raise TypeError(f"the base factory must return a torch module, got {module!r}; pass lambda: MyModule(width=128)")
+        raise TypeError(
+            f"the base factory must return a torch module, got {module!r}; pass lambda: MyModule(width=128)"
+        )
     return module
 
 
@@ -221,17 +258,29 @@ def _rebuilt(target: nn.Module, overrides: Mapping[str, object]) -> nn.Module:
     for key in overrides:
         if key not in own:
             raise ValueError(
-                f"base overrides {key!r}, which is no hyperparameter of {kind}; it saved {sorted(own)}{near(key, own)}. "
-                f"Call self.save_hyperparameters() in its __init__, or pass base=lambda: {kind}(...)"
+                f"base overrides {key!r}, which is no hyperparameter of {kind}; it saved {sorted(own)}"
+                f"{near(key, own)}. Call self.save_hyperparameters() in its __init__, or pass base=lambda: {kind}(...)"
             )
     try:
         return type(target)(**{**own, **overrides})
     except TypeError as error:
-        raise ValueError(f"cannot rebuild {kind} from its hyperparameters ({error}); pass base=lambda: {kind}(...)")
+        problem = f"cannot rebuild {kind} from its hyperparameters ({error}); pass base=lambda: {kind}(...)"
+        raise ValueError(problem) from error
 
 
 def _built(module: nn.Module) -> nn.Module:
-    configure = getattr(module, "configure_model", None)
-    if configure is not None and next(module.parameters(), None) is None:
-        configure()
+    """Run the hooks in which a LightningModule may build its layers, as a Trainer would."""
+    for hook, arguments in (("setup", ("fit",)), ("configure_model", ())):
+        build = getattr(module, hook, None)
+        # configure_model must be callable twice, says Lightning; setup need not, and may want data.
+        if build is None or (hook == "setup" and next(module.parameters(), None) is not None):
+            continue
+        try:
+            build(*arguments)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            kind = type(module).__name__
+            raise ValueError(
+                f"{kind}.{hook} cannot build the base without a Trainer ({type(error).__name__}: {error}); build the "
+                f"layers without one and shard only where self.device_mesh is set, or pass a factory of a plain module"
+            ) from error
     return module

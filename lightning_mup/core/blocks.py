@@ -1,34 +1,47 @@
-"""Repeated blocks: how a deeper model's names map onto the base, and where its residual branches end."""
+"""Repeated blocks: how a deeper model's names map onto the base, and how many there are in series."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_mup.core.base import canonical
-from lightning_mup.core.layout import layout_of
-from lightning_mup.core.spec import Dim
+from lightning_mup.core.flow import bare_path
+from lightning_mup.core.spec import ONE, Dim
+from lightning_mup.core.structure import SKIP_PATHS, unwrapped
 
-SKIP_PATHS = ("downsample", "shortcut", "skip", "skip_connection")
-"""Children of a block that carry the stream itself (ResNets), not a branch."""
+_PARALLEL = ("expert", "head")  # lists of modules that are called side by side, not one after the other
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A ModuleList or Sequential of alike children, here and in the base."""
+    """A ModuleList or Sequential of alike children, here and in the base.
 
-    kind: str  # qualified class name of the children
+    Args:
+        kind: qualified class name of the children, with the container's path, numbers left out.
+        size: how many children.
+        base: how many in the base.
+        index: the base's child for each child.
+        serial: whether the children follow each other along the residual stream.
+        composite: whether the children have children, hence may be residual blocks.
+    """
+
+    kind: str
     size: int
     base: int
-    index: tuple[int, ...]  # the base's child for each child
-    composite: bool  # children have submodules, hence may be residual blocks
+    index: tuple[int, ...]
+    serial: bool
+    composite: bool
 
 
 class Blocks:
     """The repeated blocks of a model against a base.
+
+    Lists inside of a block are taken to work side by side (heads, experts), unless the block is a mere stage: holds
+    nothing but the list, and what changes resolution.
 
     Args:
         model: the target.
@@ -44,19 +57,38 @@ class Blocks:
 
     def __init__(self, model: nn.Module, base_names: Iterable[str]) -> None:
         self._containers: dict[str, Container] = {}
+        self._modules = {bare_path(n): m for n, m in model.named_modules(remove_duplicate=False)}
         base_names = list(base_names)
-        for path, module in model.named_modules():
+        for path, module in self._modules.items():
             if isinstance(module, (nn.ModuleList, nn.Sequential)) and _alike(module):
-                self._add(canonical(f"{path}.").strip("."), module, base_names)
+                self._add(path, module, base_names)
 
     def _add(self, path: str, module: nn.ModuleList | nn.Sequential, base_names: list[str]) -> None:
         prefix = f"{self.base_name(path)}." if path else ""
         indices = {name[len(prefix) :].split(".")[0] for name in base_names if name.startswith(prefix)}
         base = len([index for index in indices if index.isdigit()]) or len(module)
-        first = module[0]
-        kind = f"{type(first).__module__}.{type(first).__qualname__}"
-        composite = next(first.children(), None) is not None
-        self._containers[path] = Container(kind, len(module), base, _align(list(module), base), composite)
+        children = [unwrapped(child) for child in module]
+        kind = f"{re.sub('[0-9]+', '#', path)} {type(children[0]).__module__}.{type(children[0]).__qualname__}"
+        composite = next(children[0].children(), None) is not None
+        matrices = any(p.ndim > 1 for p in children[0].parameters())
+        # A list of bare matrices may be a residual network or a plain one: nothing hangs on it while the number stays.
+        serial = matrices and (composite or len(module) != base) and self._in_series(path)
+        self._containers[path] = Container(kind, len(module), base, _align(children, base), serial, composite)
+
+    def _in_series(self, path: str) -> bool:
+        own = [part for part in path.split(".") if not part.isdigit()]
+        if own and any(word in own[-1].lower() for word in _PARALLEL):
+            return False
+        around = self._around(path)
+        if not around:
+            return True
+        outer, container = around[-1]
+        if not container.composite:
+            return True
+        index = path[len(outer) + 1 if outer else 0 :].split(".", maxsplit=1)[0]
+        child = f"{outer}.{index}".lstrip(".")
+        rest = (n for n, p in self._modules[child].named_parameters(prefix=child) if p.ndim > 1)
+        return all(canonical(n).startswith(f"{path}.") or _changes_resolution(n) for n in rest)
 
     def base_name(self, name: str) -> str:
         """Return the base's name for a name of the target: first and last blocks to first and last, others to alike."""
@@ -72,18 +104,30 @@ class Blocks:
         """Whether the name lies in a container whose number of children differs from the base's."""
         return any(c.size != c.base for _, c in self._around(name))
 
+    def side_by_side(self, name: str) -> str:
+        """Return the path of the list of parallel parts (heads) around a name whose number grows, else "".
+
+        Experts are left out: each is a matrix of its own, however many there are.
+        """
+        paths = [p for p, c in self._around(name) if c.size != c.base and not c.serial and c.composite]
+        return next((p for p in paths if "expert" not in p.lower()), "")
+
     def depth(self, name: str) -> tuple[Dim, str]:
         """Return the number of residual blocks in series of the name's kind, here and in the base, and the block.
 
-        The block is the innermost one whose number differs from the base's, else the outermost one.
+        The block is the innermost one whose number differs from the base's, else the innermost one.
         """
-        around = [(path, c) for path, c in self._around(name) if c.composite]
+        around = [(path, c) for path, c in self._around(name) if c.serial]
         if not around:
-            return Dim(1, 1), ""
+            return ONE, ""
         changed = [(path, c) for path, c in around if self._total(c.kind).ratio != 1]
-        path, container = changed[-1] if changed else around[0]
-        index = name[len(path) + 1 if path else 0 :].split(".")[0]
+        path, container = (changed or around)[-1]
+        index = name[len(path) + 1 if path else 0 :].split(".", maxsplit=1)[0]
         return self._total(container.kind), f"{path}.{index}".lstrip(".")
+
+    def is_composite(self, block: str) -> bool:
+        """Whether a block has parts, rather than being a single matrix of a list of matrices."""
+        return self._containers[block.rpartition(".")[0]].composite
 
     def _total(self, kind: str) -> Dim:
         alike = [c for c in self._containers.values() if c.kind == kind]
@@ -95,93 +139,20 @@ class Blocks:
         return [(p, self._containers[p]) for p in prefixes if p in self._containers]
 
 
-def branch_ends(model: nn.Module, block_names: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Find the last matrix (and its bias) of each residual branch of each block.
-
-    Each submodule of a block that holds matrices is taken for one branch, and so are all matrices that the block
-    holds directly; the branch ends in its last matrix that writes the stream's width. A batch norm registered right
-    after that matrix rescales it, so the branch ends there instead.
-
-    Returns:
-        Names of the parameters that end a branch, and names of the blocks where this cannot be told.
-
-    Examples:
-        >>> layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 64), 1, enable_nested_tensor=False)
-        >>> sorted(branch_ends(layers, ["layers.0"])[0])[::2]
-        ['layers.0.linear2.bias', 'layers.0.self_attn.out_proj.bias']
-    """
-    ends: set[str] = set()
-    unclear: list[str] = []
-    modules = {canonical(f"{name}.").strip("."): module for name, module in model.named_modules()}
-    for name in block_names:
-        found = _ends_of(modules[name])
-        if found:
-            ends |= {f"{name}.{end}" for end in found}
-        else:
-            unclear.append(name)
-    return ends, unclear
-
-
-def _ends_of(block: nn.Module) -> set[str]:
-    width = _stream_width(block)
-    groups: Mapping[str, list[tuple[str, nn.Module]]] = _branches(block)
-    if any(len(_matrices(owners)) > 3 for child, owners in groups.items() if not child):
-        return set()  # attention and MLP side by side in the block itself: order does not tell where one ends
-    ends: set[str] = set()
-    for owners in groups.values():
-        writers = [i for i, (_, m) in enumerate(owners) if _written(m) == width]
-        if not writers:
-            continue
-        last = writers[-1]
-        if last + 1 < len(owners) and isinstance(owners[last + 1][1], nn.modules.batchnorm._BatchNorm):
-            last += 1
-        path, owner = owners[last]
-        ends |= {canonical(f"{path}.{n}").lstrip(".") for n, _ in owner.named_parameters(recurse=False)}
-    return ends
-
-
-def _branches(block: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    groups: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for path, module in block.named_modules():
-        child = path.split(".")[0]
-        if next(module.parameters(recurse=False), None) is None or child in SKIP_PATHS:
-            continue
-        direct = next(block.get_submodule(child).children(), None) is None
-        groups["" if direct else child].append((path, module))
-    return groups
-
-
-def _matrices(owners: list[tuple[str, nn.Module]]) -> list[nn.Module]:
-    return [m for _, m in owners if _written(m) is not None]
-
-
-def _stream_width(block: nn.Module) -> int | None:
-    norms = (p for p in block.parameters() if p.ndim == 1 and p.numel() > 1)
-    widths = [w for m in block.modules() if (w := _written(m)) is not None]
-    named = next((p.numel() for n, p in block.named_parameters() if "norm" in n.lower() or "ln" in n.lower()), None)
-    if named in widths:
-        return named
-    return widths[-1] if widths else next((p.numel() for p in norms), None)
-
-
-def _written(module: nn.Module) -> int | None:
-    """Width that a module's own matrix writes; None where it has no matrix."""
-    for attribute, parameter in module.named_parameters(recurse=False):
-        layout = layout_of(module, attribute)
-        if layout is not None and parameter.ndim >= 2 and attribute == "weight":
-            return int(parameter.shape[layout.fan_out[0]])
-    return None
+def _changes_resolution(name: str) -> bool:
+    return any(part in SKIP_PATHS or "downsampl" in part or "upsampl" in part for part in name.split("."))
 
 
 def _alike(module: nn.ModuleList | nn.Sequential) -> bool:
-    kinds = {type(child) for child in module}
-    return len(kinds) == 1 and all(next(child.parameters(), None) is not None for child in module)
+    kinds = {type(unwrapped(child)) for child in module}
+    counted = all(name == str(i) for i, (name, _) in enumerate(module.named_children()))
+    return len(kinds) == 1 and counted and all(next(child.parameters(), None) is not None for child in module)
 
 
 def _align(children: list[nn.Module], base: int) -> tuple[int, ...]:
     """Map first blocks to first, last to last, and those between to whichever of these they are alike."""
     size, head = len(children), (base + 1) // 2
     fixed = {i: i for i in range(min(head, size))} | {size - 1 - i: base - 1 - i for i in range(base - head)}
-    alike = [[(n, p.shape) for n, p in child.named_parameters()] for child in children]
+    alike = [[(canonical(n), p.shape) for n, p in child.named_parameters()] for child in children]
     twins = [next((fixed[k] for k in reversed(sorted(fixed)) if alike[k] == own), head - 1) for own in alike]
     return tuple(fixed.get(i, twins[i]) for i in range(size))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_mup.core.method import Method, method_of
 from lightning_mup.core.plan import EpsValue, ParamPlan
 from lightning_mup.core.scaling import Scaling
+from lightning_mup.core.schedules import (
+    GIVEN,
+    LR_AT_BASE,
+    LR_MULT,
+    PER_GROUP,
+    Group,
+    multiply,
+    per_given_group,
+    schedule_at_base,
+)
 
-Group = dict[str, Any]
-LR_AT_BASE = "lr_at_base"
-LR_MULT = "lr_mult"
-_at_base: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+ROLE = "role"
+"""Key of a parameter group that holds the role of its parameters, :data:`FROZEN` or, without any, :data:`EMPTY`."""
+FROZEN, EMPTY = "frozen", "empty"
+_TOLERANCE = 1e-6  # rates set by hand may be rounded
 
 
 class GroupSplitter:
@@ -59,8 +69,10 @@ class GroupSplitter:
     def __enter__(self) -> GroupSplitter:
         """Start watching optimizers and schedulers."""
         self._replace(Optimizer, "add_param_group", self._adding)
-        for kind in (LRScheduler, ReduceLROnPlateau):
-            self._replace(kind, "__init__", self._noting)
+        for root in (LRScheduler, ReduceLROnPlateau):
+            self._replace(root, "__init__", self._noting)
+        for kind, keys in PER_GROUP.items():
+            self._replace(kind, "__init__", functools.partial(per_given_group, keys=keys))
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -70,9 +82,9 @@ class GroupSplitter:
     def finish(self) -> None:
         """Multiply the learning rates of all groups, and make the schedulers compute at the base."""
         for optimizer in self.optimizers:
-            _multiply(optimizer.param_groups)
+            multiply(optimizer.param_groups)
         for scheduler in self.schedulers:
-            _schedule_at_base(scheduler)
+            schedule_at_base(scheduler)
 
     def _replace(self, owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         original = getattr(owner, name)
@@ -80,6 +92,7 @@ class GroupSplitter:
         self._undo.callback(setattr, owner, name, original)
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def init(scheduler: LRScheduler, *args: object, **kwargs: object) -> None:
             if scheduler not in self.schedulers:
                 self.schedulers.append(scheduler)
@@ -88,26 +101,41 @@ class GroupSplitter:
         return init
 
     def _adding(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def add_param_group(optimizer: Optimizer, param_group: Group) -> None:
             if optimizer not in self.optimizers:
                 self.optimizers.append(optimizer)
-            taken = {str(group.get("name")) for group in optimizer.param_groups}
-            for group in self._split(optimizer, dict(param_group), taken):
-                original(optimizer, group)
+            if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+                for group in self._split(optimizer, param_group):
+                    original(optimizer, group)
+            else:  # torch says what is wrong
+                original(optimizer, param_group)
 
         return add_param_group
 
-    def _split(self, optimizer: Optimizer, group: Group, taken: set[str]) -> Iterable[Group]:
-        method = self._declare.get(type(optimizer)) or method_of(optimizer)
+    def _split(self, optimizer: Optimizer, group: Group) -> Iterable[Group]:
+        method = self._method(optimizer)
         settings = {**optimizer.defaults, **{k: v for k, v in group.items() if k != "params"}}
-        parts: dict[tuple[object, ...], Group] = {}
+        parts: dict[tuple[object, ...], list[Any]] = {}
+        params: dict[tuple[object, ...], ParamPlan | None] = {}
         for entry in _as_list(group["params"]):
             param = self._plan_of(entry[1] if isinstance(entry, tuple) else entry, method, settings, optimizer)
-            if _key(param) not in parts:
-                parts[_key(param)] = part = _part(group, settings, param, taken)
-                taken.add(part["name"])
-            parts[_key(param)]["params"].append(entry)
-        return parts.values()
+            params[_key(param)] = param
+            parts.setdefault(_key(param), []).append(entry)
+        taken = {str(other["name"]) for other in optimizer.param_groups}
+        given = 1 + max((int(other[GIVEN]) for other in optimizer.param_groups), default=-1)
+        made = [
+            {**group, **_changes(settings, params[key]), "params": entries, GIVEN: given}
+            for key, entries in parts.items()
+        ]
+        for part in made or [{**group, LR_MULT: 1.0, ROLE: EMPTY, "params": [], GIVEN: given}]:
+            part["name"] = _name(group.get("name"), part, taken)
+            taken.add(part["name"])
+            yield part
+
+    def _method(self, optimizer: Optimizer) -> Method:
+        own = (self._declare[cls] for cls in type(optimizer).__mro__ if cls in self._declare)
+        return next(own, None) or method_of(optimizer)
 
     def _plan_of(
         self, parameter: torch.Tensor, method: Method, settings: Group, optimizer: Optimizer
@@ -127,7 +155,8 @@ class GroupSplitter:
 def check_groups(optimizer: Optimizer) -> None:
     """Check that every group still stands at its multiple of the rate at the base.
 
-    All groups may have been moved by one common factor (a warm-up by hand); then the rates at the base follow.
+    Rates that were set by hand are taken over where each is ``rate * group["lr_mult"]``, with one rate for all groups
+    that were split off one group of the user's.
 
     Raises:
         ValueError: a group was added later, a frozen parameter was freed, or the groups were set to other ratios.
@@ -138,85 +167,42 @@ def check_groups(optimizer: Optimizer) -> None:
         Traceback (most recent call last):
         ValueError: a parameter group of SGD (lr 0.1, 1 tensors) was added after configure_optimizers, so ...
     """
-    kind = type(optimizer).__name__
-    ratios: set[float] = set()
     for group in optimizer.param_groups:
-        if LR_AT_BASE not in group:
-            raise ValueError(
-                f"a parameter group of {kind} (lr {group['lr']}, {len(group['params'])} tensors) was added after "
-                f"configure_optimizers, so no plan covers it; pass all parameters in configure_optimizers"
-            )
-        if group["name"].startswith("frozen") and any(p.requires_grad for p in group["params"]):
-            raise ValueError(
-                f"group {group['name']!r} of {kind} was frozen when the plan was made and now trains; set "
-                f"requires_grad before trainer.fit"
-            )
-        planned = group[LR_AT_BASE] * group[LR_MULT]
-        if not isinstance(group["lr"], torch.Tensor) and planned:  # comparing a tensor would wait for the device
-            ratios.add(round(group["lr"] / planned, 9))
-    if ratios and ratios != {1.0}:
-        _follow(optimizer, ratios)
+        _check_group(group, type(optimizer).__name__)
+    # Comparing a tensor would wait for the device.
+    known = [group for group in optimizer.param_groups if not isinstance(group["lr"], torch.Tensor)]
+    if any(group["lr"] != group[LR_AT_BASE] * group[LR_MULT] for group in known):
+        _take_over(known, type(optimizer).__name__)
 
 
-def _follow(optimizer: Optimizer, ratios: set[float]) -> None:
-    if len(ratios) > 1:
-        rates = [group["lr"] for group in optimizer.param_groups]
+def _check_group(group: Group, kind: str) -> None:
+    if LR_AT_BASE not in group:
         raise ValueError(
-            f"the learning rates of {type(optimizer).__name__} were set to {rates} outside of a torch scheduler, which "
-            f"undoes the plan; set group['lr'] = rate * group['lr_mult'] instead"
+            f"a parameter group of {kind} (lr {group['lr']}, {len(group['params'])} tensors) was added after "
+            f"configure_optimizers, so no plan covers it; pass all parameters in configure_optimizers"
         )
-    for group in optimizer.param_groups:
-        group[LR_AT_BASE] = group["lr"] / group[LR_MULT]
+    if group[ROLE] == FROZEN and any(p.requires_grad for p in group["params"]):
+        raise ValueError(
+            f"group {group['name']!r} of {kind} was frozen when the plan was made and now trains; set requires_grad "
+            f"before trainer.fit"
+        )
 
 
-@contextlib.contextmanager
-def rates_at_base(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the groups carry the learning rates at the base; afterwards each is multiplied again.
-
-    Examples:
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        >>> optimizer.param_groups[0].update(lr_mult=0.5, lr_at_base=0.1, lr=0.05)
-        >>> with rates_at_base(optimizer):
-        ...     optimizer.param_groups[0]["lr"] *= 2
-        >>> optimizer.param_groups[0]["lr"]
-        0.1
-    """
-    if optimizer in _at_base:  # a scheduler of schedulers
-        yield
-        return
-    for group in optimizer.param_groups:
-        group["lr"] = group[LR_AT_BASE]
-    _at_base.add(optimizer)
-    try:
-        yield
-    finally:
-        _at_base.discard(optimizer)
-        _multiply(optimizer.param_groups)
-
-
-class _AtBase:
-    """Mixed into a scheduler's class, so that every schedule, additive ones too, runs at the base's rates."""
-
-    optimizer: Optimizer
-    _last_lr: list[float | torch.Tensor]
-
-    def step(self, *args: object, **kwargs: object) -> None:
-        with rates_at_base(self.optimizer):
-            super().step(*args, **kwargs)  # type: ignore[misc]
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-
-def _schedule_at_base(scheduler: LRScheduler) -> None:
-    cls = type(scheduler)
-    if not issubclass(cls, _AtBase):
-        scheduler.__class__ = type(cls.__name__, (_AtBase, cls), {})
-        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-
-
-def _multiply(groups: Iterable[Group]) -> None:
+def _take_over(groups: list[Group], kind: str) -> None:
+    rates: dict[int, list[float]] = {}
     for group in groups:
-        group[LR_AT_BASE] = group["lr"]
-        group["lr"] = group["lr"] * group[LR_MULT]
+        rates.setdefault(group[GIVEN], []).append(group["lr"] / group[LR_MULT])
+    torn = any(max(found) - min(found) > _TOLERANCE * max(found) for found in rates.values())
+    was_flat = len({group[LR_AT_BASE] * group[LR_MULT] for group in groups}) == 1
+    is_flat = len({group["lr"] for group in groups}) == 1 and groups[0]["lr"] != 0
+    if torn or (is_flat and not was_flat):
+        found = {group["name"]: group["lr"] for group in groups}
+        raise ValueError(
+            f"the learning rates of {kind} were set to {found} outside of a torch scheduler, which undoes the plan; "
+            f"set group['lr'] = rate * group['lr_mult'] instead"
+        )
+    for group in groups:
+        group[LR_AT_BASE] = group["lr"] / group[LR_MULT]
 
 
 def _key(param: ParamPlan | None) -> tuple[object, ...]:
@@ -225,23 +211,21 @@ def _key(param: ParamPlan | None) -> tuple[object, ...]:
     return (param.spec.role, param.lr, param.group_weight_decay, *param.eps.values())
 
 
-def _part(group: Group, settings: Group, param: ParamPlan | None, taken: set[str]) -> Group:
-    part = {**group, "params": [], LR_MULT: 1.0 if param is None else param.lr}
-    part["name"] = _unique(_label(group.get("name"), param), taken)
-    if param is not None:
-        part |= {key: _scaled(settings[key], factor) for key, factor in param.eps.items()}
-        if settings.get("weight_decay"):
-            part["weight_decay"] = settings["weight_decay"] * param.group_weight_decay
-    return part
+def _changes(settings: Group, param: ParamPlan | None) -> Group:
+    rate = settings["lr"]
+    own: Group = {"lr": rate.clone()} if isinstance(rate, torch.Tensor) else {}  # the parts must not share one tensor
+    if param is None:
+        return own | {LR_MULT: 1.0, ROLE: FROZEN}
+    own |= {LR_MULT: param.lr, ROLE: param.spec.role.value}
+    own |= {key: _scaled(settings[key], factor) for key, factor in param.eps.items()}
+    if settings.get("weight_decay"):
+        own["weight_decay"] = settings["weight_decay"] * param.group_weight_decay
+    return own
 
 
-def _label(given: object, param: ParamPlan | None) -> str:
-    own = "frozen" if param is None else param.spec.role.value
-    times = "" if param is None or param.lr == 1 else f" x{param.lr:.4g}"
-    return f"{own}{times}" if given is None else f"{given}: {own}{times}"
-
-
-def _unique(label: str, taken: set[str]) -> str:
+def _name(given: object, part: Group, taken: set[str]) -> str:
+    times = "" if part[LR_MULT] == 1 else f" x{part[LR_MULT]:.4g}"
+    label = f"{part[ROLE]}{times}" if given is None else f"{given}: {part[ROLE]}{times}"
     numbered = (f"{label} ({i})" for i in range(2, len(taken) + 3))
     return label if label not in taken else next(name for name in numbered if name not in taken)
 

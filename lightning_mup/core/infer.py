@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_mup.core.base import Base, canonical, head_dims
-from lightning_mup.core.blocks import SKIP_PATHS, Blocks, branch_ends
+from lightning_mup.core.bare import Bare, grown_axes, is_elementwise, read_word, suggested, unread_message
+from lightning_mup.core.base import Base, bare_model, canonical, head_dims, refuse_lazy
+from lightning_mup.core.blocks import Blocks
+from lightning_mup.core.branches import branch_ends
 from lightning_mup.core.layout import Layout, as_role, layout_of
 from lightning_mup.core.patterns import match
 from lightning_mup.core.registry import near
 from lightning_mup.core.spec import ONE, Dim, ParamSpec, Role
+from lightning_mup.core.structure import is_skipped
 
 RoleLike = Role | str | Layout
 
@@ -39,10 +41,12 @@ def infer(
         base: the proxy's shapes.
         wider: shapes of the same model made wider, from which roles are told where nothing grows against the base.
         roles: role (or :class:`Layout`) by name pattern, for what cannot be known.
-        branches: patterns of the last matrices of the residual branches, where they cannot be found.
+        branches: patterns of the last matrices of the residual branches, where they cannot be found; an empty list
+            says that there are none.
 
     Raises:
         ValueError: a parameter cannot be read, has no counterpart in the base, or a pattern matches nothing.
+        TypeError: ``branches`` is no list.
 
     Examples:
         >>> mlp = lambda n: nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 2))
@@ -50,8 +54,10 @@ def infer(
         >>> [(s.name, s.role.value) for s in specs if s.name.endswith("weight")]
         [('0.weight', 'input'), ('2.weight', 'hidden'), ('4.weight', 'output')]
     """
+    if isinstance(branches, str):
+        raise TypeError(f"branches must be a list of patterns, got {branches!r}; write branches=[{branches!r}]")
     _refuse_flattened(model)
-    return _Reader(model, base, wider, roles or {}, branches).read()
+    return _Reader(bare_model(model), base, wider, roles or {}, branches).read()
 
 
 class _Reader:
@@ -69,32 +75,37 @@ class _Reader:
         self.owners = _owners(model)
         named = [names for names, p in self.parameters if p.requires_grad]
         self.given = match({k: _as_layout(v) for k, v in roles.items()}, named, "roles")
-        self.unread: list[str] = []
+        self.layouts: dict[str, Layout] = {}
+        self.unread: list[Bare] = []
 
     def read(self) -> tuple[ParamSpec, ...]:
-        specs = [self.spec(names, p) for names, p in self.parameters if p.requires_grad]
+        found = [self.spec(names, p) for names, p in self.parameters if p.requires_grad]
         if self.unread:
-            lines = "\n  ".join(self.unread)
-            raise ValueError(f"cannot tell what these parameters do; add to roles={{...}}:\n  {lines}")
+            raise ValueError(unread_message(self.unread))
+        specs = [spec for spec in found if spec is not None]
         _check_alike(specs, self.blocks)
-        return self.with_branches([spec for spec in specs if spec is not None])
+        return self.with_branches(specs)
 
     def spec(self, names: list[str], parameter: nn.Parameter) -> ParamSpec | None:
         name, shape = names[0], tuple(parameter.shape)
         base_shape = self.base_shape(name, shape)
-        layout = self.layout(names, shape)
+        layout = self.layout(names, shape, base_shape)
         if layout is None:
-            self.unread.append(_suggestion(name, shape, base_shape))
+            self.cannot_read(name, shape, base_shape)
             return None
-        depth, block = self.blocks.depth(name)
-        if any(part in SKIP_PATHS for part in name.split(".")):
-            depth = ONE  # the stream itself, which no branch multiplier scales
+        _check_axes(name, shape, layout)
         spec = _read_axes(name, shape, base_shape, layout)
-        grown = _read_axes(name, self._wider_shape(name, shape), shape, layout) if self.wider else spec
+        grown = _read_axes(name, self.wider_shape(name, shape), shape, layout) if self.wider else spec
         role, why, certain = _role(spec if _grows(spec) else grown, layout)
-        readout = tuple(n.rpartition(".")[0] for n in names[1:] if layout.lookup and not self.is_lookup(n))
+        if layout.role is None and role in (Role.INPUT, Role.OUTPUT) and not layout.lookup and self.is_one_of(name):
+            return None
+        readout = (
+            tuple(n.rpartition(".")[0] for n in names if layout.lookup and not self.is_lookup(n)) if names[1:] else ()
+        )
         if readout:
             role, why = Role.INPUT, f"{why}, tied readout"
+        self.layouts[name] = layout
+        depth, block = self.depth(name)
         return replace(
             spec,
             role=role,
@@ -107,45 +118,87 @@ class _Reader:
             readout=readout,
         )
 
+    def depth(self, name: str) -> tuple[Dim, str]:
+        depth, block = self.blocks.depth(name)
+        return (ONE if is_skipped(name) else depth), block  # no branch multiplier scales the stream itself
+
     def base_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         base_name = self.blocks.base_name(name)
         if base_name not in self.base.shapes:
             raise ValueError(
-                f"parameter {name!r} has no counterpart {base_name!r} in the base{near(base_name, self.base.shapes)}; "
-                f"the base must be the same model at another size"
+                f"parameter {name!r} of shape {shape} has no counterpart {base_name!r} in the base"
+                f"{near(base_name, self.base.shapes)}; the base must be the same model at another size (only repeated "
+                f"blocks of one class, in a ModuleList or Sequential, may differ in number)"
             )
         found = self.base.shapes[base_name]
         if len(found) != len(shape):
-            raise ValueError(f"parameter {name!r} has shape {shape}, its base {found}: the number of axes must agree")
+            raise ValueError(
+                f"parameter {name!r} has shape {shape}, its counterpart {base_name!r} in the base {found}; the number "
+                f"of axes must agree, so give a base that differs in sizes alone"
+            )
         return found
 
-    def _wider_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def wider_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         found = self.wider.shapes.get(name, shape) if self.wider else shape
         return found if len(found) == len(shape) else shape
 
-    def layout(self, names: list[str], shape: tuple[int, ...]) -> Layout | None:
-        given = self.given.get(names[0])
-        known = next((x for n in names if (x := layout_of(*self.owners[n])) is not None), None)
-        if given is not None:
-            plain = given == Layout(role=given.role)
-            return replace(known or _raw_layout(given, shape), role=given.role, why="roles") if plain else given
-        if known is not None:
-            return replace(known, why=type(self.owners[names[0]][0]).__name__)
-        if sum(size > 1 for size in shape) <= 1:
-            return Layout(fan_out=tuple(range(len(shape))), fan_in=(), why=f"{len(shape)}-D")
-        return None
+    def layout(self, names: list[str], shape: tuple[int, ...], base: tuple[int, ...]) -> Layout | None:
+        name, given, known = names[0], self.given.get(names[0]), self.known(names)
+        if given is None and known is not None:
+            return replace(known, why=type(self.owners[name][0]).__name__)
+        if given is None:
+            return Layout(fan_in=(), why=f"{len(shape)}-D") if is_elementwise(shape) else None
+        if known is None and isinstance(given.role, Role) and given == Layout(given.role):
+            grown = grown_axes(shape, base) or grown_axes(self.wider_shape(name, shape), shape)
+            given = read_word(name, given.role, shape, grown)
+        return replace(given.onto(known) if known else given, why="roles")
+
+    def known(self, names: list[str]) -> Layout | None:
+        """Return what the modules say; of several that share a parameter, the one that looks it up."""
+        found = [layout for n in names if (layout := layout_of(*self.owners[n])) is not None]
+        return next((layout for layout in found if layout.lookup), found[0] if found else None)
 
     def is_lookup(self, name: str) -> bool:
         layout = layout_of(*self.owners[name])
         return layout is not None and layout.lookup
 
+    def is_one_of(self, name: str) -> bool:
+        """Note a parameter whose outputs are joined with those of a growing number of siblings, as of heads."""
+        siblings = self.blocks.side_by_side(name)
+        if siblings:
+            shape = next(tuple(p.shape) for names, p in self.parameters if names[0] == name)
+            why = f"one of the parts of {siblings!r}, which grow in number (joined they are hidden),"
+            self.unread.append(Bare(name, shape, self.base_shape(name, shape), '"hidden"', why))
+        return bool(siblings)
+
+    def cannot_read(self, name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> None:
+        module = self.owners[name][0]
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            kernel = tuple(range(2, len(shape)))
+            fixed = f"Layout(fan_out=(1,), fan_in={(0, *kernel)})"
+            grows = f"Layout(fan_out=(0, 1), fan_in={kernel})"
+            likely = grows if module.groups == module.in_channels else fixed
+            why = f"a transposed convolution in groups ({fixed} if their number stays, {grows} if it grows)"
+            self.unread.append(Bare(name, shape, base, likely, why))
+        else:
+            self.unread.append(Bare(name, shape, base, suggested(name, shape, base), "a bare parameter"))
+
     def with_branches(self, specs: list[ParamSpec]) -> tuple[ParamSpec, ...]:
         if self.branches is None:
-            ends, _ = branch_ends(self.model, dict.fromkeys(s.block for s in specs if s.block))
-        else:
-            wanted = match(dict.fromkeys(self.branches, True), [[s.name, *s.tied_to] for s in specs], "branches")
-            ends = set(wanted) | {f"{name.removesuffix('weight')}bias" for name in wanted}
-        return tuple(replace(s, branch=s.name in ends) for s in specs)
+            blocks = dict.fromkeys(s.block for s in specs if s.block)
+            ends, _ = branch_ends(self.model, blocks, self.layouts)
+            return tuple(replace(s, branch=s.name in ends) for s in specs)
+        wanted = match(dict.fromkeys(self.branches, True), [[s.name, *s.tied_to] for s in specs], "branches")
+        ends = set(wanted) | {end for name in wanted for end in (f"{name.removesuffix('weight')}bias", f"{name}_bias")}
+        lists = {s.block.rpartition(".")[0] for s in specs if s.name in ends}
+        marked = [replace(s, branch=s.name in ends) for s in specs]
+        return tuple(
+            s if not s.block or self.is_residual(s, lists) else replace(s, depth=ONE, block="") for s in marked
+        )
+
+    def is_residual(self, spec: ParamSpec, lists: set[str]) -> bool:
+        """Whether a repeated block is residual, given the lists of blocks in which the user named branches."""
+        return bool(lists) and (self.blocks.is_composite(spec.block) or spec.block.rpartition(".")[0] in lists)
 
 
 def shared_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
@@ -158,7 +211,7 @@ def shared_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
         [['a.weight', 'b.weight']]
     """
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in bare_model(model).named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), ([], parameter))[0].append(canonical(name))
     return list(found.values())
 
@@ -172,7 +225,8 @@ def warn_about_heads(model: nn.Module, base: Base) -> None:
         warnings.warn(
             f"{len(grown)} attention modules have larger heads than the base ({name!r}: head_dim {dim} against "
             f"{base_dim}); logits scaled by 1/sqrt(head_dim) then grow as its square root. Keep head_dim and let the "
-            f"number of heads grow, or give forward={{'*.q_proj.weight': Power(fan_out=-1/2)}}",
+            f"number of heads grow, or, where that number stays, give the query matrices "
+            f"forward={{'*.q_proj.weight': Power(fan_out=-1/2)}}",
             stacklevel=2,
         )
 
@@ -189,23 +243,22 @@ def _as_layout(value: RoleLike) -> Layout:
     return value if isinstance(value, Layout) else Layout(role=as_role(value))
 
 
-def _raw_layout(given: Layout, shape: tuple[int, ...]) -> Layout:
-    """Axes of a bare parameter whose role alone was given: torch's (out, in), further leading axes are stacks."""
-    last = len(shape) - 1
-    if given.role in (Role.VECTOR, Role.SCALAR):
-        return Layout(fan_out=tuple(range(len(shape))), fan_in=())
-    if given.role is Role.INPUT:  # added to or looked up by the stream: the last axis is the stream's
-        return Layout(fan_out=(last,), lookup=True)
-    if given.role is Role.OUTPUT and len(shape) == 1:
-        return Layout(fan_out=(), fan_in=(0,))
-    return Layout(fan_out=(last - 1,), fan_in=(last,), stack=tuple(range(last - 1)))
+def _check_axes(name: str, shape: tuple[int, ...], layout: Layout) -> None:
+    axes = (*layout.axes_out(len(shape)), *layout.axes_in(len(shape)), *layout.stack)
+    missing = [axis for axis, size in enumerate(shape) if size > 1 and axis not in axes]
+    beyond = [axis for axis in axes if axis >= len(shape)]
+    if missing or beyond:
+        problem = f"says nothing of axes {missing}" if missing else f"names axes {beyond}"
+        raise ValueError(
+            f"the Layout of {name!r} {problem}, but its shape is {shape}; each axis from 0 to {len(shape) - 1} must be "
+            f"in one of fan_out={layout.fan_out}, fan_in={layout.fan_in}, stack={layout.stack}"
+        )
 
 
 def _read_axes(name: str, shape: tuple[int, ...], base: tuple[int, ...], layout: Layout) -> ParamSpec:
-    axes_in = layout.axes_in(len(shape))
+    inputs = layout.size(shape, "in")
     # A lookup sums over nothing: one row is read at a time, however many rows there are.
-    rows = math.prod(shape[a] for a in axes_in)
-    fan_in = Dim(rows, rows if layout.lookup else math.prod(base[a] for a in axes_in))
+    fan_in = Dim(inputs, inputs if layout.lookup else layout.size(base, "in"))
     fan_out = Dim(_rows(name, shape, layout), _rows(name, base, layout))
     return ParamSpec(
         name=name,
@@ -219,9 +272,12 @@ def _read_axes(name: str, shape: tuple[int, ...], base: tuple[int, ...], layout:
 
 
 def _rows(name: str, shape: tuple[int, ...], layout: Layout) -> int:
-    rows = math.prod(shape[a] for a in layout.fan_out)
+    rows = layout.size(shape, "out")
     if rows % layout.split:
-        raise ValueError(f"{name!r} has {rows} rows, which do not split into {layout.split} equal blocks; give split=1")
+        raise ValueError(
+            f"{name!r} has {rows} rows in shape {shape}, which do not split into {layout.split} equal blocks; give "
+            f'split=1: roles={{"{name}": Layout(split=1)}}'
+        )
     return rows // layout.split
 
 
@@ -232,7 +288,7 @@ def _grows(spec: ParamSpec) -> bool:
 def _role(spec: ParamSpec, layout: Layout) -> tuple[Role, str, bool]:
     if isinstance(layout.role, Role):
         return layout.role, layout.why, True
-    if layout.fan_in == ():
+    if layout.axes_in(len(spec.shape)) == ():
         single = spec.fan_out.size == spec.fan_out.base == 1
         return (Role.SCALAR if single else Role.VECTOR), layout.why, True
     if layout.lookup:
@@ -242,12 +298,6 @@ def _role(spec: ParamSpec, layout: Layout) -> tuple[Role, str, bool]:
     return (role, layout.why, True) if any(sides) else (role, f"{layout.why}, nothing grows", False)
 
 
-def _suggestion(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> str:
-    grown = [axis for axis, (size, small) in enumerate(zip(shape, base, strict=True)) if size != small]
-    role = "input" if len(grown) == 1 and grown[0] == len(shape) - 1 else "output" if len(grown) == 1 else "hidden"
-    return f'"{name}": "{role}",  # {shape}, base {base}: a bare parameter; input, hidden, output or a Layout'
-
-
 def _refuse_flattened(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -255,15 +305,13 @@ def _refuse_flattened(model: nn.Module) -> None:
                 f"module {name!r} is wrapped by FSDP1, which flattens parameters so that their shapes are lost; use "
                 f"FSDP2 (torch.distributed.fsdp.fully_shard, or ModelParallelStrategy), which keeps them"
             )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is lazy and has no shape yet; run one batch through the model first")
+    refuse_lazy(model)
 
 
-def _check_alike(specs: Sequence[ParamSpec | None], blocks: Blocks) -> None:
+def _check_alike(specs: Sequence[ParamSpec], blocks: Blocks) -> None:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for spec in specs:
-        if spec is None or not blocks.resized(spec.name):
+        if not blocks.resized(spec.name):
             continue
         base_name = blocks.base_name(spec.name)
         other, shape = shapes.setdefault(base_name, (spec.name, spec.shape))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_mup.core.base import Base, Measured
+from lightning_mup.core.base import Measured, canonical
 from lightning_mup.core.plan import ParamPlan
 
 Initialize = Literal["scale", "draw", "keep"]
@@ -23,22 +23,24 @@ def initialize(
     *,
     how: Initialize = "scale",
     seed: int = 0,
+    padding: Mapping[str, int] | None = None,
 ) -> None:
     """Give each parameter the root mean square ``ratio x (the proxy's)``.
 
     ``"scale"`` multiplies the values that the module drew itself, so that any initialization scheme keeps its shape and
-    zeros stay zero. ``"draw"`` draws normal values from a generator seeded by the parameter's name alone, so that every
-    rank, strategy and order of construction agrees. Where no ratio differs from 1 the values are left alone.
+    zeros stay zero; where no ratio differs from 1 the values are left alone. ``"draw"`` draws normal values from a
+    generator seeded by the parameter's name alone, so that every rank, strategy and order of construction agrees.
 
     Args:
         parameters: the tensors by name, sharded (DTensor) or not; the global random state is not touched.
-        params: the plan's rows by name.
+        params: the plan's rows by name; what has none is left alone.
         measured: the proxy's mean and RMS by the target's names.
         how: see above; ``"keep"`` leaves all values alone.
         seed: seed of the draws.
+        padding: by name, a row of an embedding that stays zero, for ``"draw"``; see :func:`padding_rows`.
 
     Examples:
-        >>> from lightning_mup import plan
+        >>> from lightning_mup import Base, plan
         >>> net, base = nn.Linear(256, 4), nn.Linear(64, 4)
         >>> rows = {p.spec.name: p for p in plan(net, base=base).params}
         >>> sizes = Base.of(base).measured
@@ -48,13 +50,24 @@ def initialize(
     """
     for name, parameter in parameters.items():
         param = params.get(name)
-        if how == "keep" or param is None or _untouched(param):
+        if how == "keep" or param is None or (how == "scale" and _untouched(param)):
             continue
         with torch.no_grad():
             if how == "scale":
                 _scale(parameter, param.init * measured[name].rms)
             else:
-                _draw(parameter, measured[name], param.init, f"{seed}/{name}")
+                _draw(parameter, measured[name], param.init, f"{seed}/{name}", (padding or {}).get(name))
+
+
+def padding_rows(model: nn.Module) -> dict[str, int]:
+    """Return the row that each embedding keeps at zero, by canonical name of its weight.
+
+    Examples:
+        >>> padding_rows(nn.Sequential(nn.Embedding(8, 4, padding_idx=-1), nn.Linear(4, 2)))
+        {'0.weight': 7}
+    """
+    tables = ((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    return {canonical(f"{n}.weight").lstrip("."): m.padding_idx for n, m in tables if m.padding_idx is not None}
 
 
 def draw_normal(shape: tuple[int, ...], key: str) -> torch.Tensor:
@@ -73,18 +86,21 @@ def _untouched(param: ParamPlan) -> bool:
     return param.init == 1 and all(ratio == 1 for ratio in param.spec.ratios.values())
 
 
-def _scale(parameter: nn.Parameter, wanted: float) -> None:
+def _scale(parameter: torch.Tensor, wanted: float) -> None:
     actual = Measured.of(parameter).rms
-    if actual and wanted:
+    if actual:
         parameter.mul_(wanted / actual)
 
 
-def _draw(parameter: nn.Parameter, measured: Measured, ratio: float, key: str) -> None:
+def _draw(parameter: nn.Parameter, measured: Measured, ratio: float, key: str, padding: int | None) -> None:
     deviation = max(measured.rms**2 - measured.mean**2, 0.0) ** 0.5
     full = torch.full(parameter.shape, measured.mean, device="cpu", dtype=torch.float32)
     if not measured.constant:
         full += deviation * draw_normal(tuple(parameter.shape), key)
-    _copy(parameter, full * ratio)
+    if padding is not None:
+        full[padding] = 0
+    _scale(full, ratio * measured.rms)
+    _copy(parameter, full)
 
 
 def _copy(parameter: nn.Parameter, full: torch.Tensor) -> None:

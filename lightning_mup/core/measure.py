@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mup.core.method import Method, Settings, Size
 from lightning_mup.core.power import SPECTRAL, Power
+from lightning_mup.core.trial import SAMPLES, Factory, OwnFactor, Trial, checked, run
 
-Factory = Callable[[list[nn.Parameter]], Optimizer]
-OwnFactor = Callable[[Settings, int, int], float]
 Eps = Mapping[str, Size | tuple[Size, ...]]
 
-_SAMPLES = 4  # rank of the gradients: small against every width
-_GRADIENT_TIMES_FAN_OUT = 2.0**10  # large enough that usual epsilons (1e-6 and below) are negligible
 _WEIGHTS = (0.25, 1.0, 4.0)
-_MAX_RESIDUAL = 0.15  # in log; declared methods of torch stay below 0.06
+_EPSILONS = (1.0, 0.25, 1 / 16)
+_MAX_RESIDUAL = 0.1  # in log; the optimizers of torch stay below 0.05
 _SNAP = 1 / 24  # half the smallest distance between fractions of denominators 3 and 4
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One size at which an optimizer was run.
-
-    Args:
-        fan_in: columns of the matrix.
-        fan_out: rows of the matrix.
-        depth: the gradient's entries are of size ``1/(depth fan_out)``.
-        weight: RMS of the matrix' initial entries.
-        norm: spectral norm of the last step's change, over the learning rate.
-    """
-
-    fan_in: int
-    fan_out: int
-    depth: int = 1
-    weight: float = 1.0
-    norm: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +31,7 @@ class Measurement:
 
     Args:
         optimizer: its class.
-        fitted: exponents of ``fan_in``, ``fan_out``, ``depth`` and ``weight`` as they were fitted.
+        fitted: exponents of ``fan_in``, ``fan_out``, ``depth``, ``weight`` (and ``eps``) as they were fitted.
         residual: largest distance of a trial from the fit, in natural logarithm.
         trials: what was measured.
         settings: the optimizer's settings.
@@ -102,7 +81,8 @@ class Measurement:
         """Return the declaration, for ``Parametrize(declare=[...])``; see :func:`measure`.
 
         Raises:
-            ValueError: a setting ``eps`` is no plain number, and nobody says what it is compared with.
+            ValueError: a setting ``eps`` is no plain number or sets the update's size, and nobody says what it is
+                compared with.
         """
         return Method(
             name=name or self.optimizer.__name__.lower(),
@@ -117,7 +97,7 @@ class Measurement:
 
     def exponents(self) -> str:
         """Return the fitted exponents as text."""
-        return " ".join(f"{name}^{value:.3f}" for name, value in self.fitted.items())
+        return " ".join(f"{name}^{round(value, 3) + 0.0:.3f}" for name, value in self.fitted.items())
 
     def declaration(self) -> str:
         """Return the line of Python that declares what was measured.
@@ -131,18 +111,27 @@ class Measurement:
         power = ", ".join(f"{name}={value}" for name, value in powers if value)
         parts = [f"name={self.optimizer.__name__.lower()!r}", f"update_norm=Power({power})"]
         parts.append(f"optimizers=({self.optimizer.__name__},)")
-        parts += ["eps={'eps': Size(grad=1)}"] if self._eps() else []
+        parts += ["eps={'eps': Size(grad=1)}"] if self._negligible_eps else []
         parts += [f"weight_degree={self.weight_degree}"] if self.weight_degree else []
         return f"Method({', '.join(parts)})"
+
+    @property
+    def _negligible_eps(self) -> bool:
+        return abs(self.fitted.get("eps", math.inf)) <= 2 * _SNAP
 
     def _eps(self) -> Eps:
         value = self.settings.get("eps")
         if value is None:
             return {}
-        if not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise ValueError(
                 f"the setting eps={value!r} of {self.optimizer.__name__} is no plain number, so what it is compared "
                 f"with must be said: eps={{'eps': (Size(grad=1), Size(weight=1))}}, say, or eps={{}} to leave it alone"
+            )
+        if not self._negligible_eps:
+            raise ValueError(
+                f"the setting eps={value!r} of {self.optimizer.__name__} matters even for large gradients: the update "
+                f"goes as its power {self.fitted['eps']:.3f}; say eps={{}} to leave it alone, or what to compare with"
             )
         return {"eps": Size(grad=1)}
 
@@ -162,7 +151,7 @@ def measure(
     result holds. What cannot be measured so is taken from the arguments.
 
     Args:
-        factory: makes the optimizer from a list of parameters, with any learning rate and without weight decay.
+        factory: makes the optimizer from a list of parameters, as for :func:`measure_update_norm`.
         name: what to call it; the class' name in lower case if not given.
         eps: per setting name, what it is compared with. Epsilon is negligible in the measurement; without an answer a
             setting named ``eps`` is taken to stand beside the root of a second moment, hence to scale as the gradient.
@@ -193,7 +182,7 @@ def measure_update_norm(
     factory: Factory,
     *,
     widths: Sequence[int] = (64, 128, 256, 512),
-    depths: Sequence[int] = (1, 2, 4, 8),
+    depths: Sequence[int] = (1, 4, 16, 64),
     steps: int = 8,
     own_factor: OwnFactor | None = None,
 ) -> Measurement:
@@ -205,9 +194,11 @@ def measure_update_norm(
     Neither the global random state nor the caller's device is touched.
 
     Args:
-        factory: makes the optimizer from a list of parameters, with any learning rate and without weight decay.
+        factory: makes the optimizer from a list of parameters, without weight decay, and with a learning rate so small
+            that the weight (of RMS 1/4 to 4) hardly changes, if the update depends on it; 0.01 is right for most.
         widths: sizes of both sides, at least two, each >= 8.
-        depths: factors 1/depth on the gradient, at least two.
+        depths: factors 1/depth on the gradient, at least two; far apart, so that an update in which a threshold or an
+            epsilon matters is seen to be no monomial.
         steps: number of steps; the last is measured. RAdam's first five (at beta2 = 0.999) are SGD's.
         own_factor: factor on the learning rate to divide out, from (settings, fan_out, fan_in).
 
@@ -232,91 +223,39 @@ def measure_update_norm(
         [Trial(side, side, weight=weight) for weight in _WEIGHTS],
     ]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
-        optimizer = _checked(factory([nn.Parameter(torch.zeros(side, side))]))
-        done = [[_run(factory, trial, steps, own_factor) for trial in part] for part in plan]
-    return _refuse_misfit(_fit(done, optimizer, own_factor))
+        optimizer = checked(factory([nn.Parameter(torch.zeros(side, side))]))
+        if _is_number(optimizer.param_groups[0].get("eps")):
+            plan.append([Trial(side, side, eps=eps) for eps in _EPSILONS])
+        done = [[run(factory, trial, steps, own_factor) for trial in part] for part in plan]
+        return _refuse_misfit(_fit(done, optimizer, own_factor))
 
 
 def _check_sizes(widths: Sequence[int], depths: Sequence[int], steps: int) -> None:
-    if len(set(widths)) < 2 or min(widths) < 2 * _SAMPLES:
-        raise ValueError(f"widths must be at least two sizes >= {2 * _SAMPLES}, got {widths}; try (64, 128, 256)")
+    if len(set(widths)) < 2 or min(widths) < 2 * SAMPLES:
+        raise ValueError(f"widths must be at least two sizes >= {2 * SAMPLES}, got {widths}; try (64, 128, 256)")
     if len(set(depths)) < 2 or min(depths) < 1:
-        raise ValueError(f"depths must be at least two numbers >= 1, got {depths}; try (1, 2, 4)")
+        raise ValueError(f"depths must be at least two numbers >= 1, got {depths}; try (1, 4, 16)")
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
 
 
-def _run(factory: Factory, trial: Trial, steps: int, own_factor: OwnFactor | None) -> Trial:
-    torch.manual_seed(0)  # for an optimizer that draws; the caller's state comes back afterwards
-    draw = torch.Generator("cpu").manual_seed(0)
-    weight = nn.Parameter(trial.weight * torch.randn(trial.fan_out, trial.fan_in, generator=draw))
-    optimizer = _checked(factory([weight]))
-    for gradient in _gradients(trial, steps, draw):
-        before = weight.detach().clone()
-        _step(optimizer, weight, gradient)
-    group = optimizer.param_groups[0]
-    rate = float(group["lr"]) * (own_factor(group, trial.fan_out, trial.fan_in) if own_factor else 1.0)
-    norm = float(torch.linalg.matrix_norm((weight.detach() - before).double(), ord=2)) / rate
-    if not (norm > 0 and math.isfinite(norm)):
-        raise ValueError(
-            f"{type(optimizer).__name__} made a step of norm {norm} at lr={group['lr']}; it must move the weight by a "
-            f"finite amount at step {steps}"
-        )
-    return replace(trial, norm=norm)
-
-
-def _gradients(trial: Trial, steps: int, draw: torch.Generator) -> Iterator[Tensor]:
-    inputs, errors = (_orthogonal(size, draw) for size in (trial.fan_in, trial.fan_out))
-    errors *= _GRADIENT_TIMES_FAN_OUT / (trial.depth * trial.fan_out)
-    # The same coefficients at every size: they are noise that the fit need not see.
-    draw_alike = torch.Generator("cpu").manual_seed(1)
-    for _ in range(steps):
-        yield (errors * (0.5 + torch.rand(_SAMPLES, generator=draw_alike))) @ inputs.T
-
-
-def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """Return one column per sample, entries of RMS 1; orthogonal, so that their overlaps do not depend on the size."""
-    columns, _ = torch.linalg.qr(torch.randn(size, _SAMPLES, generator=generator))
-    return torch.mul(columns, math.sqrt(size))
-
-
-def _step(optimizer: Optimizer, weight: nn.Parameter, gradient: Tensor) -> None:
-    weight.grad = gradient
-    try:
-        optimizer.step()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(optimizer).__name__} cannot be measured: step() on one matrix with a dense gradient, without a "
-            f"closure, failed with {type(error).__name__}: {error}. Declare a Method by hand"
-        ) from error
-
-
-def _checked(optimizer: object) -> Optimizer:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"the factory must return a torch optimizer, got {optimizer!r}; pass "
-            f"lambda params: MyOptimizer(params, lr=0.1)"
-        )
-    group, kind = optimizer.param_groups[0], type(optimizer).__name__
-    if not float(group.get("lr", 0.0)) > 0:
-        raise ValueError(f"{kind} must hold a learning rate > 0 in its groups, got lr={group.get('lr')!r}; give lr=0.1")
-    if group.get("weight_decay"):
-        raise ValueError(
-            f"{kind} has weight_decay={group['weight_decay']}, which would be measured with the update; build it with "
-            f"weight_decay=0"
-        )
-    return optimizer
-
-
 def _fit(done: Sequence[Sequence[Trial]], optimizer: Optimizer, own_factor: OwnFactor | None) -> Measurement:
-    by_size, by_depth, by_weight = done
-    sizes, size_residual = _slopes(by_size, lambda t: (t.fan_in, t.fan_out))
-    depth, depth_residual = _slopes(by_depth, lambda t: (t.depth,))
-    weight, weight_residual = _slopes(by_weight, lambda t: (t.weight,))
+    scans: list[tuple[Callable[[Trial], tuple[float, ...]], tuple[str, ...]]] = [
+        (lambda t: (t.fan_in, t.fan_out), ("fan_in", "fan_out")),
+        (lambda t: (t.depth,), ("depth",)),
+        (lambda t: (t.weight,), ("weight",)),
+        (lambda t: (t.eps,), ("eps",)),
+    ]
+    fitted: dict[str, float] = {}
+    residual = 0.0
+    for trials, (sizes, names) in zip(done, scans, strict=False):  # not every optimizer has an epsilon
+        slopes, off = _slopes(trials, sizes)
+        fitted |= zip(names, slopes, strict=True)
+        residual = max(residual, off)
     return Measurement(
         optimizer=type(optimizer),
-        fitted=dict(zip(("fan_in", "fan_out", "depth", "weight"), [*sizes, *depth, *weight], strict=True)),
-        residual=max(size_residual, depth_residual, weight_residual),
+        fitted=fitted,
+        residual=residual,
         trials=tuple(trial for part in done for trial in part),
         settings={key: value for key, value in optimizer.param_groups[0].items() if key != "params"},
         own_factor=own_factor,
@@ -340,6 +279,10 @@ def _slopes(trials: Sequence[Trial], sizes: Callable[[Trial], tuple[float, ...]]
     norms = torch.tensor([[math.log(trial.norm)] for trial in trials], dtype=torch.float64)
     solution = torch.linalg.lstsq(columns, norms).solution
     return solution[:-1, 0].tolist(), float((columns @ solution - norms).abs().max())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _simple(value: float) -> Fraction:

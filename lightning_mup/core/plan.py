@@ -192,7 +192,8 @@ def _cells(param: ParamPlan) -> tuple[str, ...]:
     eps = ",".join(_show(v) for v in param.eps.values())
     multiplier = _show(param.forward) if param.readout == 1 else f"readout {_show(param.readout)}"
     numbers = (_show(param.init), _show(param.lr), eps, _show(param.weight_decay), multiplier)
-    return (spec.role.value, str(spec.fan_out), str(spec.fan_in), str(spec.depth), param.method, *numbers, because)
+    depth = str(spec.depth) if spec.depth.ratio != 1 else "1/1"
+    return (spec.role.value, str(spec.fan_out), str(spec.fan_in), depth, param.method, *numbers, because)
 
 
 def _show(value: EpsValue) -> str:

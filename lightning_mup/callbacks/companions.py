@@ -1,0 +1,100 @@
+"""What cannot stand beside Parametrize: each raises before anything is touched, and says what to use."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
+
+_CALLBACKS = {
+    LearningRateFinder: "sets one learning rate for all groups, which undoes the plan; run it on the base model "
+    "without Parametrize, and give the rate that it finds here",
+    StochasticWeightAveraging: "anneals all groups to one learning rate, which undoes the plan; use "
+    "lightning.pytorch.callbacks.WeightAveraging, which leaves the rates alone",
+}
+_STRATEGIES = {
+    FSDPStrategy: "flattens parameters, so that their shapes are lost",
+    DeepSpeedStrategy: "partitions parameters and optimizer by itself, so that their shapes and groups are lost",
+}
+
+
+def refuse_companions(trainer: Trainer, kind: type[Callback]) -> None:
+    """Refuse callbacks and strategies under which a plan cannot hold.
+
+    Args:
+        trainer: the Trainer that is about to run.
+        kind: the callback of which there may be only one.
+
+    Raises:
+        ValueError: one of them is there, or a second ``kind``.
+
+    Examples:
+        >>> trainer = Trainer(barebones=True, accelerator="cpu", callbacks=[LearningRateFinder()])
+        >>> refuse_companions(trainer, Callback)
+        Traceback (most recent call last):
+        ValueError: Callback cannot run beside LearningRateFinder: it sets one learning rate for all groups, ...
+    """
+    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+    for companion in callbacks:
+        for refused, reason in _CALLBACKS.items():
+            if isinstance(companion, refused):
+                raise ValueError(f"{kind.__name__} cannot run beside {type(companion).__name__}: it {reason}")
+    for strategy, reason in _STRATEGIES.items():
+        if isinstance(trainer.strategy, strategy):
+            raise ValueError(
+                f"{kind.__name__} cannot run under {type(trainer.strategy).__name__}: it {reason}; use "
+                f"ModelParallelStrategy (FSDP2, with fully_shard in configure_model) or DDP"
+            )
+    count = sum(isinstance(c, kind) for c in callbacks)
+    if count > 1:
+        raise ValueError(f"there are {count} {kind.__name__} callbacks; a module has one plan, keep one")
+
+
+def refuse_meta(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse parameters on the meta device where nobody will give them memory.
+
+    Raises:
+        ValueError: the strategy does not materialize parameters.
+
+    Examples:
+        >>> from torch import device, nn
+        >>> module = LightningModule()
+        >>> with device("meta"):
+        ...     module.net = nn.Linear(2, 2)
+        >>> refuse_meta(Trainer(barebones=True, accelerator="cpu"), module)
+        Traceback (most recent call last):
+        ValueError: 'net.weight' is on the meta device, and SingleDeviceStrategy does not materialize parameters; ...
+    """
+    name = next((name for name, p in module.named_parameters() if p.is_meta), None)
+    if name is not None and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"{name!r} is on the meta device, and {type(trainer.strategy).__name__} does not materialize parameters; "
+            f"build the module without torch.device('meta'), or use ModelParallelStrategy"
+        )
+
+
+def optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401 - whatever configure_optimizers may return
+    """Return the optimizers in what ``configure_optimizers`` returned.
+
+    Raises:
+        TypeError: an optimizer is not a :class:`torch.optim.Optimizer`, so its groups were not seen.
+
+    Examples:
+        >>> optimizers_in(([], [{"scheduler": None}])), optimizers_in(None)
+        ([], [])
+    """
+    if isinstance(result, Optimizer):
+        return [result]
+    if isinstance(result, dict):
+        return optimizers_in(result.get("optimizer"))
+    if isinstance(result, (list, tuple)):
+        return [found for part in result for found in optimizers_in(part)]
+    if hasattr(result, "param_groups"):
+        raise TypeError(
+            f"configure_optimizers returned {type(result).__name__}, which is not a torch.optim.Optimizer, so its "
+            f"groups could not be split; subclass torch.optim.Optimizer"
+        )
+    return []
