@@ -4,6 +4,7 @@ from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.base import Base
 from lightning_mup.core.layout import Layout
+from lightning_mup.core.measure import measure, measure_update_norm
 from lightning_mup.core.method import Method, Size, all_methods
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import SPECTRAL, Power
@@ -31,5 +32,7 @@ __all__ = [
     "all_methods",
     "all_rules",
     "coordinate_check",
+    "measure",
+    "measure_update_norm",
     "plan",
 ]

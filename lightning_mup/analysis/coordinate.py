@@ -18,8 +18,11 @@ from lightning_mup.core.plan import aligned
 
 Kind = Literal["output", "update"]
 NO_CHANGE = "no change"
+STREAM = "stream"
+"""Group of residual blocks and of the whole model: what they put out is the residual stream."""
 _INDEX = re.compile(r"^\d+$")
 _CONFIDENCE = 0.95
+_NAMED = 6  # layers in the verdict's line; the table has them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,8 @@ class CoordinateReport:
         over += f"{_span(self.steps)})"
         if self.passed:
             return f"PASS: all {len(self.slopes)} slopes over {over} are within {self.tolerance:g}"
-        named = ", ".join(f"{s.layer} {s.note or format(s.slope, '+.2f')}" for s in self.failed)
+        named = ", ".join(f"{s.layer} {s.note or format(s.slope, '+.2f')}" for s in self.failed[:_NAMED])
+        named += f" and {more} more" if (more := len(self.failed) - _NAMED) > 0 else ""
         return f"FAIL: {count} of {len(self.slopes)} slopes over {over} exceed {self.tolerance:g}: {named}"
 
     def table(self) -> str:
@@ -203,6 +207,9 @@ def fit_slopes(records: Iterable[Coordinate], *, tolerance: float = 0.1, size: s
 def merge_blocks(records: Iterable[Coordinate]) -> tuple[Coordinate, ...]:
     """Replace block numbers by ``*`` where the number of blocks varies with size, and average such blocks' values.
 
+    The average is the root mean square. What a residual block puts out is the stream at the block's end, which grows
+    from block to block; half a block's growth is taken off, since else the average would fall with depth as 1 + 1/L.
+
     Examples:
         >>> records = [Coordinate(n, 0, 1, "output", f"layers.{i}.fc", 2.0) for n in (2, 4) for i in range(n)]
         >>> [(r.size, r.layer, r.value) for r in merge_blocks(records)]
@@ -213,7 +220,7 @@ def merge_blocks(records: Iterable[Coordinate]) -> tuple[Coordinate, ...]:
     groups: dict[tuple[int, int, int, Kind, str], list[Coordinate]] = defaultdict(list)
     for r in records:
         groups[r.size, r.seed, r.step, r.kind, names[r.layer]].append(r)
-    return tuple(Coordinate(*key, _rms([r.value for r in group]), group[0].group) for key, group in groups.items())
+    return tuple(Coordinate(*key, _average(group), group[0].group) for key, group in groups.items())
 
 
 def save_coordinates(records: Iterable[Coordinate], path: str | Path) -> None:
@@ -303,8 +310,12 @@ def _badness(slope: Slope) -> float:
     return abs(slope.slope)
 
 
-def _rms(values: Sequence[float]) -> float:
-    return values[0] if len(values) == 1 else math.sqrt(sum(v * v for v in values) / len(values))
+def _average(blocks: Sequence[Coordinate]) -> float:
+    values = [r.value for r in blocks]
+    if len(values) == 1:
+        return values[0]
+    growth = (values[-1] - values[0]) / (len(values) - 1) if blocks[0].group == STREAM else 0.0
+    return math.sqrt(sum(v * v for v in values) / len(values)) - growth / 2
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -23,8 +23,8 @@ _PANELS: tuple[tuple[str, Kind, frozenset[str]], ...] = (
 _STEPS_SHOWN = 3
 _GREEN, _RED, _GREY = "#1a7f37", "#c0272d", "#57606a"
 _BLUES = ("#a6c8ea", "#4f93cf", "#08306b")
-_PANEL_SIZE = (2.5, 2.45)  # inches; five panels make a picture that a README shows without shrinking much
-_ZOOM = 4.0  # each row of panels shows at least this factor around its values, so that flat looks flat
+_PANEL_SIZE = (2.2, 2.3)  # inches; five panels make a picture that a README shows without shrinking much
+_ZOOM = 4.0  # a panel shows at least this factor around its values, so that flat looks flat
 
 
 def plot_coordinates(reports: Mapping[str, CoordinateReport], path: str | Path) -> None:
@@ -61,14 +61,15 @@ def plot_coordinates(reports: Mapping[str, CoordinateReport], path: str | Path) 
     panels = [p for p in _PANELS if any(_records(r, p) for r in reports.values())]
     width, height = _PANEL_SIZE
     figure = Figure(figsize=(width * len(panels) + 0.6, height * len(reports) + 0.75), layout="constrained")
-    grid: Any = figure.subplots(len(reports), len(panels), squeeze=False, sharex=True)
+    grid: Any = figure.subplots(len(reports), len(panels), squeeze=False, sharex=True, sharey="col")
     for axes, (label, report) in zip(grid, reports.items(), strict=True):
         for ax, panel in zip(axes, panels, strict=True):
             _draw(ax, report, panel)
-        axes[0].set_ylabel(f"{label}\n", fontweight="bold", fontsize=11, color=_GREEN if report.passed else _RED)
+        axes[0].set_ylabel(f"{label}\n", fontweight="bold", fontsize=13, color=_GREEN if report.passed else _RED)
     first = next(iter(reports.values()))
-    for ax in grid[-1]:
-        ax.set_xlabel(first.size)
+    for ax, top in zip(grid[-1], grid[0], strict=True):
+        ax.set_xlabel(first.size, fontsize=10)
+        _zoom_out(top)
     _legend(figure, first)
     figure.savefig(path, dpi=150)
 
@@ -99,13 +100,12 @@ def _draw(ax: Axes, report: CoordinateReport, panel: tuple[str, Kind, frozenset[
     ax.set_yscale("log")
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
-    ax.tick_params(labelsize=7)
+    ax.tick_params(labelsize=8.5)
     ax.grid(color="#d0d7de", linewidth=0.5)
     ax.spines[["top", "right"]].set_visible(False)
-    _zoom_out(ax)
     slopes = [s for s in report.worst if s.kind == kind and s.group in groups]
     text, colour = _title(slopes)
-    ax.set_title(f"{title}\n{text}", fontsize=8.5, color=colour)
+    ax.set_title(f"{title}\n{text}", fontsize=10, color=colour)
 
 
 def _title(slopes: Sequence[Slope]) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import cast
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_slopes, save_coordinates
@@ -27,7 +28,7 @@ from lightning_mup.core.method import Method
 from lightning_mup.core.scaling import Choices, RulesLike
 
 FILE = "coordinate_check.csv"
-_DEFAULT_LR = 0.01
+_DEFAULT_LR = 1e-3  # what torch itself takes for Adam and SGD
 _TOLERANCES = {"width": 0.1, "depth": 0.15}
 _LOUD = ("lightning", "lightning.pytorch", "lightning.fabric")
 
@@ -185,7 +186,7 @@ def coordinate_check(
         depths: two or more depths, instead of widths.
         rules: parametrization by name, or several to multiply (``["mup", "complete_p"]`` for depth).
         method: name of an optimizer; ``None`` keeps the modules' own ``configure_optimizers``.
-        lr: learning rate of ``method`` at the base; None means 0.01.
+        lr: learning rate of ``method`` at the base; None means 0.001.
         steps: optimizer steps to take and to check.
         sweep: how to run the trainings: seeds, data, tolerance and so on.
 
@@ -240,7 +241,10 @@ class _Runs:
     def records(self) -> list[Coordinate]:
         data = self.sweep.data
         if data is not None and not isinstance(data, LightningDataModule):
-            data = list(itertools.islice(cast(Iterable[object], data), self.steps))
+            batches = list(itertools.islice(cast(Iterable[object], data), self.steps))
+            data = DataLoader(
+                cast(Dataset[object], batches), batch_size=None
+            )  # Lightning takes a list for many loaders
         todo = list(itertools.product(self.sizes, self.sweep.seeds))
         with isolate_rng(), _quiet(), tqdm(todo, "coordinate check", disable=not self.sweep.progress) as bar:
             return [record for size, seed in bar for record in self.run(size, seed, data)]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mup.analysis.coordinate import Kind
+from lightning_mup.analysis.coordinate import STREAM, Kind
 from lightning_mup.analysis.updates import Yardstick
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.callbacks.probe import Outputs, captured, undisturbed
@@ -24,8 +24,6 @@ from lightning_mup.core.rules import find_rules
 
 MODEL = "(model)"
 """Name of the whole model's output among the layers'."""
-STREAM = "stream"
-"""Group of residual blocks and of the whole model."""
 
 Forward = Callable[[LightningModule, Any], object]
 Key = tuple[Kind, str]
@@ -75,7 +73,7 @@ class Watch:
         return {("update", n): self._yardsticks[n].measure(self._weights[n] - before[n]) for n in before}
 
     def group(self, key: Key) -> str:
-        """Return what a layer is: a role, :data:`STREAM`, or nothing where all its parameters are frozen."""
+        """Return what a layer is: a role, ``"stream"``, or nothing where all its parameters are frozen."""
         kind, layer = key
         if kind == "update":
             return self._yardsticks[layer].spec.role.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,11 +105,15 @@ def suggested(name: str, shape: Shape, base: Shape) -> str:
     return "Layout(fan_out=(0,))"
 
 
-def unread_message(bares: Sequence[Bare]) -> str:
+def unread_message(bares: Sequence[Bare], names: Sequence[str]) -> str:
     """Return the message for parameters that nobody can read, with the line that settles them.
 
+    Args:
+        bares: the parameters.
+        names: names of all parameters, so that no pattern takes others along.
+
     Examples:
-        >>> print(unread_message([Bare("pos", (9, 64), (9, 32), '"input"', "a bare parameter")]))
+        >>> print(unread_message([Bare("pos", (9, 64), (9, 32), '"input"', "a bare parameter")], ["pos"]))
         cannot tell what 1 parameter does:
           pos: a bare parameter of shape (9, 64), base (9, 32)
         allowed: input (looked up, or added to the stream), hidden, output (a readout), vector, scalar, or a Layout ...
@@ -117,9 +122,22 @@ def unread_message(bares: Sequence[Bare]) -> str:
     shown = "\n  ".join(f"{b.name}: {b.why} of shape {b.shape}, base {b.base}" for b in bares[:_SHOWN])
     more = f"\n  ... and {len(bares) - _SHOWN} more" if len(bares) > _SHOWN else ""
     count = "1 parameter does" if len(bares) == 1 else f"{len(bares)} parameters do"
-    pairs = ", ".join(f'"{b.name}": {b.line}' for b in bares)
+    pairs = ", ".join(f'"{pattern}": {line}' for pattern, line in _patterns(bares, names).items())
     return (
         f"cannot tell what {count}:\n  {shown}{more}\nallowed: input (looked up, or added to the stream), hidden, "
         f"output (a readout), vector, scalar, or a Layout that names the axes; if these are what they look like, give\n"
         f"  roles={{{pairs}}}"
     )
+
+
+def _patterns(bares: Sequence[Bare], names: Sequence[str]) -> dict[str, str]:
+    """Return one pattern for what is alike in all blocks, where it matches nothing else."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for bare in bares:
+        starred = ".".join("*" if part.isdigit() else part for part in bare.name.split("."))
+        alike.setdefault((starred, bare.line), []).append(bare.name)
+    found: dict[str, str] = {}
+    for (starred, line), group in alike.items():
+        fits = len(group) > 1 and set(fnmatch.filter(names, starred)) == set(group)
+        found |= dict.fromkeys([starred] if fits else group, line)
+    return found

@@ -103,18 +103,17 @@ class Base:
         try:
             data = json.loads(Path(path).read_text())
             known = data["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"cannot read a base from {str(path)!r} ({error}); write one with Base.of(module).save(path)"
-            raise ValueError(problem) from error
-        if known != _FORMAT:
-            raise ValueError(
-                f"base file {str(path)!r} has format {known!r}, this version reads {_FORMAT}; save it anew"
-            )
-        return cls(
-            shapes={n: tuple(s) for n, s in data["shapes"].items()},
-            measured={n: Measured(*m) for n, m in data["measured"].items()},
-            head_dims=data["head_dims"],
-        )
+            if known != _FORMAT:
+                problem = f"base file {str(path)!r} has format {known!r}, allowed is {_FORMAT}"
+            else:
+                return cls(
+                    shapes={n: tuple(s) for n, s in data["shapes"].items()},
+                    measured={n: Measured(*m) for n, m in data["measured"].items()},
+                    head_dims=data["head_dims"],
+                )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            problem = f"cannot read a base from {str(path)!r} ({type(error).__name__}: {error})"
+        raise ValueError(f"{problem}; write one with Base.of(module).save(path)")
 
     def save(self, path: str | Path) -> None:
         """Write the base as json, for runs that should not build the proxy again.
@@ -247,7 +246,7 @@ def _proxy(base: object, target: nn.Module) -> nn.Module:
     module = cast(Callable[[], object], base)()
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"the base factory must return a torch module, got {module!r}; pass lambda: MyModule(width=128)"
+            f"the base factory must return a torch module, got {module!r}; pass lambda: {type(target).__name__}(...)"
         )
     return module
 

@@ -219,6 +219,8 @@ def _added(flow: Flow, module: nn.Module) -> set[str]:
                 continue  # nothing, or the stream itself where it comes out of a norm
             if len(side) > 1 or {BENT, SUM} & pair[i]:
                 raise Unclear(f"it cannot be told which of {sorted(side)} forward adds to the stream")
+            if side & flow.feeds(sides[1 - i]):
+                raise Unclear(f"{min(side)!r} may carry the stream itself")
             found |= side
     return found
 

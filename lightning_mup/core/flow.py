@@ -19,20 +19,7 @@ NOTHING: Makers = frozenset()
 SUM, BENT, GIVEN = "+", "~", "."
 """Marks of values: a sum, past a nonlinearity, an argument of ``forward``."""
 _SUM: Makers = frozenset({SUM})
-_BENDING = (
-    "gelu",
-    "silu",
-    "swish",
-    "tanh",
-    "sigmoid",
-    "softmax",
-    "softplus",
-    "selu",
-    "elu",
-    "mish",
-    "exp",
-    "normalize",
-)
+_BENDING = ("gelu", "silu", "swish", "tanh", "sigmoid", "softmax", "softplus", "elu", "mish", "exp", "norm")
 # Between a matrix and the sum these change nothing but a positive factor: f(a x) = a f(x) for a > 0.
 HOMOGENEOUS = ("Dropout", "DropPath", "StochasticDepth", "Identity", "ReLU", "LeakyReLU", "Pool", "Flatten", "Upsample")
 _SIZES = ("shape", "dtype", "device", "ndim", "size", "dim", "numel")  # say nothing of a tensor's values
@@ -52,6 +39,21 @@ class Flow:
     sums: list[tuple[Makers, Makers]] = field(default_factory=list)
     makers: Makers = NOTHING
     inputs: dict[str, Makers] = field(default_factory=dict)
+
+    def feeds(self, makers: Iterable[str]) -> set[str]:
+        """Return everything whose results go into these submodules, up to sums.
+
+        Examples:
+            >>> sorted(flow_of(nn.TransformerEncoderLayer(16, 2, norm_first=True)).feeds(["linear2"]))
+            ['+', 'linear1', 'norm2', '~']
+        """
+        seen: set[str] = set()
+        queue = list(makers)
+        while queue:
+            new = self.inputs.get(queue.pop(), NOTHING) - seen
+            seen |= new
+            queue += new
+        return seen
 
 
 def flow_of(module: nn.Module) -> Flow | None:
@@ -152,13 +154,20 @@ class _Walker:
             inner = self._known(test.operand)
             return None if inner is None else not inner
         if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Is, ast.IsNot)):
-            path = _dotted(test.left)
-            if path is None or not (isinstance(test.comparators[0], ast.Constant) and hasattr(self.module, path)):
+            found = self._attribute(test.left)
+            if found is ... or not isinstance(test.comparators[0], ast.Constant):
                 return None
-            return (getattr(self.module, path) is None) == isinstance(test.ops[0], ast.Is)
-        path = _dotted(test)
-        found = getattr(self.module, path, ...) if path and "training" not in path else ...
+            return (found is None) == isinstance(test.ops[0], ast.Is)
+        found = self._attribute(test)
         return bool(found) if isinstance(found, (bool, nn.Module, type(None))) else None
+
+    def _attribute(self, node: ast.expr) -> object:
+        """Return what ``self.config.parallel`` holds now, ``...`` where it is no such thing or changes in training."""
+        path = _dotted(node)
+        found: object = self.module if path and path != "training" else ...
+        for part in (path or "").split("."):
+            found = getattr(found, part, ...)
+        return found
 
     # -- values ---------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ class _Reader:
     def read(self) -> tuple[ParamSpec, ...]:
         found = [self.spec(names, p) for names, p in self.parameters if p.requires_grad]
         if self.unread:
-            raise ValueError(unread_message(self.unread))
+            names = [name for names, p in self.parameters if p.requires_grad for name in names]
+            raise ValueError(unread_message(self.unread, names))
         specs = [spec for spec in found if spec is not None]
         _check_alike(specs, self.blocks)
         return self.with_branches(specs)

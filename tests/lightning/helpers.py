@@ -1,5 +1,7 @@
 """A small LightningModule whose optimizers each test chooses, and a Trainer that writes nothing by itself."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,9 +34,7 @@ class Net(L.LightningModule):
         self.net = self.build(width)
 
     def build(self, width: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
-        )
+        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         x, y = batch

@@ -1,5 +1,7 @@
 """Train a module of `test_resume.py` and die in the middle of a step, as a machine does."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 import os
 import signal
 import sys

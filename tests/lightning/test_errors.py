@@ -1,5 +1,7 @@
 """Every error says what was wrong, what came instead, what is allowed and what to do; here the messages are read."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 from __future__ import annotations
 
 import re

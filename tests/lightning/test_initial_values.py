@@ -1,5 +1,7 @@
 """Initial values: the proxy's measured sizes times the plan's ratios, given the base in any form."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 from __future__ import annotations
 
 import random

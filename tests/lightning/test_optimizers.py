@@ -1,5 +1,7 @@
 """Both ways to an optimizer: the module's own groups are split as they are built, or the callback supplies one."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -89,7 +91,7 @@ def two_groups(module: Net) -> Optimizer:
 
 
 def test_users_groups_keep_their_settings() -> None:
-    parametrize, module = fitted(two_groups)
+    _, module = fitted(two_groups)
     got = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups_of(module)}
     assert got == {
         "matrices: input": (0.01, pytest.approx(0.1 * 0.25)),

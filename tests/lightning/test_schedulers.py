@@ -1,5 +1,7 @@
 """Under every torch schedule each group's rate is its multiplier times the rate that an untouched optimizer gets."""
 
+# ruff: noqa: ANN401 - tests hand on whatever Lightning and torch take
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -139,7 +141,9 @@ def test_schedulers_may_be_stepped_by_hand() -> None:
     fitted.fit(Manual(make=make, automatic=False))
     want = untouched(SCHEDULES["LinearLR"])[6]
     groups = fitted.optimizers[0].param_groups
-    assert [g["lr"] / g["lr_mult"] for g in groups] == pytest.approx([want[g["given_group"]] for g in groups], rel=1e-12)
+    assert [g["lr"] / g["lr_mult"] for g in groups] == pytest.approx(
+        [want[g["given_group"]] for g in groups], rel=1e-12
+    )
 
 
 def test_a_list_of_the_wrong_length_is_torchs_error() -> None:

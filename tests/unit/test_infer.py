@@ -1,0 +1,492 @@
+"""Every parameter's role and dimensions, by what grows: per layer type, for whole library models, and in general."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers.pytorch_utils import Conv1D
+
+from lightning_mup import Base, Choices, Layout, ParamSpec, Role, plan
+from lightning_mup.core.infer import RoleLike, infer, shared_names
+from lightning_mup.core.layout import layout_of
+from tests.unit.blocks import LectureBlock, Model
+
+Make = Callable[[int], nn.Module]
+
+
+def read(
+    model: nn.Module,
+    base: nn.Module,
+    roles: Mapping[str, RoleLike] | None = None,
+    branches: Sequence[str] | None = None,
+    wider: nn.Module | None = None,
+) -> dict[str, ParamSpec]:
+    grown = None if wider is None else Base.of(wider)
+    specs = infer(model, Base.of(base), roles=roles, branches=branches, wider=grown)
+    return {spec.name: spec for spec in specs}
+
+
+def meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def facts(spec: ParamSpec) -> tuple[str, str, str, int]:
+    return spec.role.value, str(spec.fan_out), str(spec.fan_in), spec.split
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[Make, dict[str, tuple[str, str, str, int]]]] = {
+    "Linear in": (
+        lambda n: nn.Linear(3, n),
+        {"weight": ("input", "8/4", "3/3", 1), "bias": ("vector", "8/4", "1/1", 1)},
+    ),
+    "Linear": (lambda n: nn.Linear(n, 3 * n, bias=False), {"weight": ("hidden", "24/12", "8/4", 1)}),
+    "Linear out": (
+        lambda n: nn.Linear(n, 3),
+        {"weight": ("output", "3/3", "8/4", 1), "bias": ("vector", "3/3", "1/1", 1)},
+    ),
+    "to a single number": (
+        lambda n: nn.Linear(n, 1),
+        {"weight": ("output", "1/1", "8/4", 1), "bias": ("scalar", "1/1", "1/1", 1)},
+    ),
+    "Bilinear": (lambda n: nn.Bilinear(n, 2, n, bias=False), {"weight": ("hidden", "8/4", "16/8", 1)}),
+    "Embedding": (lambda n: nn.Embedding(9, n), {"weight": ("input", "8/4", "9/9", 1)}),
+    "Embedding, larger vocabulary": (lambda n: nn.Embedding(n, n), {"weight": ("input", "8/4", "8/8", 1)}),
+    "EmbeddingBag": (lambda n: nn.EmbeddingBag(9, n), {"weight": ("input", "8/4", "9/9", 1)}),
+    "Conv1d": (lambda n: nn.Conv1d(n, n, 5, bias=False), {"weight": ("hidden", "8/4", "40/20", 1)}),
+    "Conv2d in": (lambda n: nn.Conv2d(3, n, 3, bias=False), {"weight": ("input", "8/4", "27/27", 1)}),
+    "Conv3d": (lambda n: nn.Conv3d(n, 2 * n, 2, bias=False), {"weight": ("hidden", "16/8", "64/32", 1)}),
+    "Conv2d, fixed groups": (
+        lambda n: nn.Conv2d(n, n, 3, groups=2, bias=False),
+        {"weight": ("hidden", "8/4", "36/18", 1)},
+    ),
+    "Conv2d, depthwise": (
+        lambda n: nn.Conv2d(n, n, 3, groups=n, bias=False),
+        {"weight": ("input", "8/4", "9/9", 1)},  # each output sums over nine entries at every width
+    ),
+    "ConvTranspose2d": (
+        lambda n: nn.ConvTranspose2d(n, 3, 2, bias=False),
+        {"weight": ("output", "3/3", "32/16", 1)},
+    ),
+    "MultiheadAttention": (
+        lambda n: nn.MultiheadAttention(n, 2, bias=False),
+        {"in_proj_weight": ("hidden", "8/4", "8/4", 3), "out_proj.weight": ("hidden", "8/4", "8/4", 1)},
+    ),
+    "MultiheadAttention, other keys": (
+        lambda n: nn.MultiheadAttention(n, 2, kdim=5, vdim=6, add_bias_kv=True),
+        {
+            "q_proj_weight": ("hidden", "8/4", "8/4", 1),
+            "k_proj_weight": ("input", "8/4", "5/5", 1),
+            "v_proj_weight": ("input", "8/4", "6/6", 1),
+            "in_proj_bias": ("vector", "24/12", "1/1", 1),
+            "bias_k": ("vector", "8/4", "1/1", 1),
+            "bias_v": ("vector", "8/4", "1/1", 1),
+            "out_proj.weight": ("hidden", "8/4", "8/4", 1),
+            "out_proj.bias": ("vector", "8/4", "1/1", 1),
+        },
+    ),
+    "RNN": (
+        lambda n: nn.RNN(3, n, bias=False),
+        {"weight_ih_l0": ("input", "8/4", "3/3", 1), "weight_hh_l0": ("hidden", "8/4", "8/4", 1)},
+    ),
+    "LSTM, projected": (
+        lambda n: nn.LSTM(3, n, proj_size=2, bias=False),
+        {
+            "weight_ih_l0": ("input", "8/4", "3/3", 4),
+            "weight_hh_l0": ("input", "8/4", "2/2", 4),
+            "weight_hr_l0": ("output", "2/2", "8/4", 1),
+        },
+    ),
+    "GRU": (
+        lambda n: nn.GRU(n, n, bias=False),
+        {"weight_ih_l0": ("hidden", "8/4", "8/4", 3), "weight_hh_l0": ("hidden", "8/4", "8/4", 3)},
+    ),
+    "LSTMCell": (
+        lambda n: nn.LSTMCell(n, n, bias=False),
+        {"weight_ih": ("hidden", "8/4", "8/4", 4), "weight_hh": ("hidden", "8/4", "8/4", 4)},
+    ),
+    "LayerNorm": (nn.LayerNorm, {"weight": ("vector", "8/4", "1/1", 1), "bias": ("vector", "8/4", "1/1", 1)}),
+    "LayerNorm over two axes": (
+        lambda n: nn.LayerNorm((5, n), bias=False),
+        {"weight": ("vector", "40/20", "1/1", 1)},
+    ),
+    "RMSNorm": (nn.RMSNorm, {"weight": ("vector", "8/4", "1/1", 1)}),
+    "GroupNorm": (
+        lambda n: nn.GroupNorm(2, n),
+        {"weight": ("vector", "8/4", "1/1", 1), "bias": ("vector", "8/4", "1/1", 1)},
+    ),
+    "BatchNorm": (nn.BatchNorm2d, {"weight": ("vector", "8/4", "1/1", 1), "bias": ("vector", "8/4", "1/1", 1)}),
+    "PReLU": (lambda n: nn.PReLU(), {"weight": ("scalar", "1/1", "1/1", 1)}),
+    "Hugging Face Conv1D": (
+        lambda n: Conv1D(3 * n, n),
+        {"weight": ("hidden", "24/12", "8/4", 1), "bias": ("vector", "24/12", "1/1", 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name: str) -> None:
+    make, expected = LAYERS[name]
+    found = read(meta(lambda: make(8)), meta(lambda: make(4)))
+    assert {n: facts(spec) for n, spec in found.items()} == expected
+    assert all(spec.why for spec in found.values())
+
+
+def test_subclasses_read_like_their_base() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    (spec,) = read(Scaled(8, 3, bias=False), Scaled(4, 3, bias=False)).values()
+    assert (spec.role, spec.why) == (Role.OUTPUT, "Scaled")
+
+
+def test_unknown_attributes_of_known_modules_are_not_guessed() -> None:
+    assert layout_of(nn.Linear(2, 2), "weight_v") is None
+
+
+# -- roles and layouts -------------------------------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(shape, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "base", "role", "expected"),
+    [
+        ((1, 16, 8), (1, 16, 4), "input", ("input", "8/4", "16/16", 1)),
+        ((1, 32, 8), (1, 16, 4), "embedding", ("input", "8/4", "32/32", 1)),  # longer too: nothing is summed over
+        ((8, 3), (4, 3), "input", ("input", "8/4", "3/3", 1)),  # as torch has it
+        ((3, 8), (3, 4), "output", ("output", "3/3", "8/4", 1)),
+        ((8, 3), (4, 3), "readout", ("output", "3/3", "8/4", 1)),  # used as x @ w
+        ((8,), (4,), "output", ("output", "1/1", "8/4", 1)),
+        ((16, 8), (8, 4), "hidden", ("hidden", "16/8", "8/4", 1)),
+        ((8, 5), (4, 5), "vector", ("vector", "40/20", "1/1", 1)),
+        ((1,), (1,), "scalar", ("scalar", "1/1", "1/1", 1)),
+        ((8, 4), (8, 4), "hidden", ("hidden", "8/8", "4/4", 1)),
+        ((16, 8), (8, 4), Layout(fan_out=(1,)), ("hidden", "8/4", "16/8", 1)),
+        ((16, 3), (8, 3), Layout(fan_in=(0,)), ("output", "3/3", "16/8", 1)),
+        ((24, 8), (12, 4), Layout(split=3), ("hidden", "8/4", "8/4", 3)),
+        ((5, 8, 2), (5, 4, 2), Layout("hidden", fan_in=(1,), fan_out=(0, 2)), ("hidden", "10/10", "8/4", 1)),
+    ],
+)
+def test_bare_parameters(shape: tuple[int, ...], base: tuple[int, ...], role: RoleLike, expected: object) -> None:
+    (spec,) = read(Bare(*shape), Bare(*base), roles={"w": role}).values()
+    assert facts(spec) == expected
+    assert spec.why == "roles"
+
+
+@pytest.mark.parametrize(
+    ("shape", "role"), [((8,), "vector"), ((1, 1, 8), "vector"), ((8, 1, 1), "vector"), ((), "scalar")]
+)
+def test_bare_parameters_that_need_no_word(shape: tuple[int, ...], role: str) -> None:
+    base = [4 if size == 8 else size for size in shape]
+    (spec,) = read(Bare(*shape), Bare(*base)).values()
+    assert spec.role.value == role
+
+
+def test_stacked_experts() -> None:
+    (spec,) = read(Bare(5, 16, 8), Bare(5, 8, 4), roles={"w": "hidden"}).values()
+    assert (facts(spec), spec.stack) == (("hidden", "16/8", "8/4", 1), 5)
+    axes = Layout(stack=(0,), fan_in=(1,), fan_out=(2,))
+    (spec,) = read(Bare(5, 16, 8), Bare(5, 8, 4), roles={"w": axes}).values()
+    assert (facts(spec), spec.stack) == (("hidden", "8/4", "16/8", 1), 5)
+
+
+@pytest.mark.parametrize(("role", "init"), [("output", 0.5), ("hidden", 0.5**0.5), ("input", 1)])
+def test_a_word_overrules_growth(role: str, init: float) -> None:
+    made = plan(nn.Linear(8, 3), base=lambda: nn.Linear(4, 3), choices=Choices(roles={"weight": role}), method="sgd")[
+        "weight"
+    ]
+    assert (made.spec.role.value, made.spec.why, made.init) == (role, "roles", pytest.approx(init))
+
+
+def test_a_layout_leaves_what_it_does_not_say_to_the_module() -> None:
+    """``split`` alone does not turn Hugging Face's transposed weight around."""
+    (weight, _) = read(Conv1D(24, 8), Conv1D(12, 4), roles={"weight": Layout(split=3)}).values()
+    assert facts(weight) == ("hidden", "8/4", "8/4", 3)
+
+
+def test_roles_for_tied_parameters_by_any_name() -> None:
+    def tied(n: int) -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Linear(n, n, bias=False), "b": nn.Linear(n, n, bias=False)})
+        made["b"].weight = made["a"].weight
+        return made
+
+    (spec,) = read(tied(8), tied(4), roles={"b.weight": "output"}).values()
+    assert (spec.name, spec.tied_to, spec.role) == ("a.weight", ("b.weight",), Role.OUTPUT)
+
+
+@pytest.mark.parametrize("readout_first", [False, True])
+def test_tied_embedding_is_read_as_an_embedding(readout_first: bool) -> None:
+    """Whichever of the two was registered first."""
+
+    def tied(n: int) -> nn.Module:
+        parts = {"embedding": nn.Embedding(9, n), "readout": nn.Linear(n, 9, bias=False)}
+        made = nn.ModuleDict(dict(reversed(parts.items())) if readout_first else parts)
+        made["readout"].weight = made["embedding"].weight
+        return made
+
+    (spec,) = read(tied(8), tied(4)).values()
+    assert facts(spec) == ("input", "8/4", "9/9", 1)
+    assert spec.readout == ("readout",)
+    assert spec.why.endswith("tied readout")
+
+
+def test_two_lookups_of_one_table_are_no_readout() -> None:
+    def tied(n: int) -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Embedding(9, n), "b": nn.Embedding(9, n)})
+        made["b"].weight = made["a"].weight
+        return made
+
+    (spec,) = read(tied(8), tied(4)).values()
+    assert (spec.role, spec.readout, spec.tied_to) == (Role.INPUT, (), ("b.weight",))
+
+
+def test_frozen_parameters_are_left_out_and_need_no_role() -> None:
+    def make(n: int) -> nn.Module:
+        made = Bare(n, n)
+        made.w.requires_grad_(False)
+        made.readout = nn.Linear(n, 2)
+        return made
+
+    assert list(read(make(8), make(4))) == ["readout.weight", "readout.bias"]
+
+
+def test_heads_in_a_list_are_settled_by_a_word() -> None:
+    """One head maps a growing stream to a fixed size; joined with its growing siblings it is hidden."""
+    roles = {"*.heads.*.weight": "hidden"}
+    found = read(Model(LectureBlock(32)), Model(LectureBlock(16)), roles=roles)
+    assert {s.role.value for n, s in found.items() if n.endswith("weight") and ".ln." not in n} == {"hidden"}
+
+
+# -- the base run ------------------------------------------------------------------------------------------------------
+
+
+def mlp(n: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 2))
+
+
+def test_base_run_guesses_unless_it_sees_a_wider_model() -> None:
+    guessed = read(mlp(8), mlp(8))
+    assert {s.role for n, s in guessed.items() if n.endswith("weight")} == {Role.HIDDEN}
+    assert {s.certain for n, s in guessed.items() if n.endswith("weight")} == {False}
+    assert all("nothing grows" in s.why for n, s in guessed.items() if n.endswith("weight"))
+    seen = read(mlp(8), mlp(8), wider=mlp(16))
+    assert [s.role.value for n, s in seen.items() if n.endswith("weight")] == ["input", "hidden", "output"]
+    assert all(s.certain and set(s.ratios.values()) == {1} for s in seen.values())
+
+
+# -- wrappers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile's own imports
+def test_wrappers_do_not_change_names() -> None:
+    plain = read(mlp(16), mlp(8))
+    checkpointed = mlp(16)
+    checkpointed[2] = checkpoint_wrapper(checkpointed[2])
+    wrapped = [checkpointed, nn.DataParallel(mlp(16)), torch.compile(mlp(16)), mlp(16).compile() or mlp(16)]
+    compiled = mlp(16)
+    compiled[4] = torch.compile(compiled[4])
+    for model in [*wrapped, compiled]:
+        assert read(model, mlp(8)) == plain
+        assert [names[0] for names, _ in shared_names(model)] == list(plain)
+    assert read(mlp(16), nn.DataParallel(mlp(8))) == plain
+
+
+# -- library models, on the meta device --------------------------------------------------------------------------------
+
+
+def decoder(kind: str, width: int, depth: int, **config: object) -> nn.Module:
+    cls = getattr(transformers, kind)
+    sizes = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": depth}
+    return meta(lambda: cls(cls.config_class(**sizes, num_attention_heads=width // 8, pad_token_id=0, **config)))
+
+
+def roles_of(specs: Mapping[str, ParamSpec]) -> dict[str, set[str]]:
+    """Roles by the last two parts of the name."""
+    found: dict[str, set[str]] = {}
+    for name, spec in specs.items():
+        found.setdefault(".".join(name.split(".")[-2:]), set()).add(spec.role.value)
+    return found
+
+
+def test_bert() -> None:
+    found = read(decoder("BertModel", 32, 4), decoder("BertModel", 16, 2))
+    roles = roles_of(found)
+    inputs = {name for name, role in roles.items() if role == {"input"}}
+    assert inputs == {f"{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
+    assert all(
+        role == {"hidden"}
+        for name, role in roles.items()
+        if name.split(".")[0] in ("query", "key", "dense") and "weight" in name
+    )
+    assert {str(s.depth) for n, s in found.items() if ".layer." in n} == {"4/2"}
+    assert {n.split("layer.3.")[1] for n, s in found.items() if s.branch and "layer.3" in n and "weight" in n} == {
+        "attention.output.dense.weight",
+        "output.dense.weight",
+    }
+
+
+def test_vit_of_hugging_face() -> None:
+    def make(width: int) -> nn.Module:
+        config = transformers.ViTConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 8)
+        return meta(lambda: transformers.ViTForImageClassification(config))
+
+    found = read(make(32), make(16), roles={"*position_embeddings": "input"})
+    assert {n.split(".")[-1]: s.role.value for n, s in found.items() if "token" in n} == {"cls_token": "vector"}
+    assert found["vit.embeddings.patch_embeddings.projection.weight"].role is Role.INPUT
+    assert found["vit.embeddings.position_embeddings"].role is Role.INPUT
+    assert found["classifier.weight"].role is Role.OUTPUT
+    inside = {s.role.value for n, s in found.items() if ".layers." in n and s.fan_in.size > 1}
+    assert inside == {"hidden"}
+
+
+def test_t5() -> None:
+    """Relative positions are looked up per head; four names share one table."""
+
+    def make(width: int, depth: int, decoders: int) -> nn.Module:
+        config = transformers.T5Config(
+            vocab_size=64,
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_heads=width // 8,
+            num_layers=depth,
+            num_decoder_layers=decoders,
+        )
+        return meta(lambda: transformers.T5ForConditionalGeneration(config))
+
+    found = read(make(32, 4, 6), make(16, 2, 2))
+    assert found["shared.weight"].readout == ("lm_head",)
+    assert set(found["shared.weight"].tied_to) >= {"encoder.embed_tokens.weight", "lm_head.weight"}
+    assert {s.role.value for n, s in found.items() if "relative" in n} == {"input"}
+    assert str(found["encoder.block.3.layer.0.SelfAttention.q.weight"].depth) == "4/2"
+    assert str(found["decoder.block.5.layer.2.DenseReluDense.wi.weight"].depth) == "6/2"
+    ends = {n.split("block.1.")[1] for n, s in found.items() if s.branch and "decoder.block.1." in n}
+    assert ends == {
+        "layer.0.SelfAttention.o.weight",
+        "layer.1.EncDecAttention.o.weight",
+        "layer.2.DenseReluDense.wo.weight",
+    }
+
+
+EXPERTS = {
+    "*.mlp.gate.weight": Layout("output", fan_out=(0,)),
+    "*.experts.gate_up_proj": Layout(stack=(0,), fan_out=(1,), fan_in=(2,), split=2),
+    "*.experts.down_proj": Layout(stack=(0,), fan_out=(1,), fan_in=(2,)),
+}
+
+
+def test_mixtral() -> None:
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 8}
+    found = read(decoder("MixtralModel", 32, 4, **sizes), decoder("MixtralModel", 16, 2, **sizes), roles=EXPERTS)
+    up, down = (found[f"layers.3.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj"))
+    assert (facts(up), up.stack) == (("hidden", "96/48", "32/16", 2), 4)
+    assert (facts(down), down.stack) == (("hidden", "32/16", "96/48", 1), 4)
+    assert found["layers.0.mlp.gate.weight"].role is Role.OUTPUT
+    assert found["layers.0.self_attn.k_proj.weight"].role is Role.OUTPUT  # as many key heads as in the base
+    assert {n.split("layers.0.")[1] for n, s in found.items() if s.branch and "layers.0." in n} == {
+        "self_attn.o_proj.weight",
+        "mlp.experts.down_proj",
+    }
+
+
+def test_phi3_fused() -> None:
+    roles = {"*.qkv_proj.weight": Layout(split=3), "*.gate_up_proj.weight": Layout(split=2)}
+    found = read(decoder("Phi3Model", 32, 2), decoder("Phi3Model", 16, 2), roles=roles)
+    assert facts(found["layers.0.self_attn.qkv_proj.weight"]) == ("hidden", "32/16", "32/16", 3)
+    assert facts(found["layers.0.mlp.gate_up_proj.weight"]) == ("hidden", "96/48", "32/16", 2)
+
+
+# -- in general --------------------------------------------------------------------------------------------------------
+
+TABLE = {(True, False): "input", (True, True): "hidden", (False, True): "output", (False, False): "hidden"}
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> tuple[nn.Module, nn.Module, list[bool]]:
+    """A stack of linear layers and convolutions at two sizes, any subset of whose widths grows."""
+    grows = draw(st.lists(st.booleans(), min_size=2, max_size=6))
+    factor = draw(st.integers(2, 3))
+    sizes = [draw(st.integers(1, 5)) for _ in grows]
+    kernels = [draw(st.sampled_from([0, 1, 3])) for _ in grows[1:]]
+    bias = draw(st.booleans())
+
+    def make(scale: int) -> nn.Module:
+        widths = [size * scale if grown else size for size, grown in zip(sizes, grows, strict=True)]
+        pairs = zip(widths, widths[1:], kernels, strict=False)
+        layers = [nn.Conv1d(i, o, k, bias=bias) if k else nn.Linear(i, o, bias=bias) for i, o, k in pairs]
+        return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())])
+
+    return meta(lambda: make(factor)), meta(lambda: make(1)), grows
+
+
+@given(stacks())
+@settings(max_examples=60)
+def test_roles_follow_growth(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
+    model, base, grows = made
+    found = [spec for name, spec in read(model, base).items() if name.endswith("weight")]
+    assert [spec.role.value for spec in found] == [TABLE[out, into] for into, out in itertools.pairwise(grows)]
+    assert [spec.certain for spec in found] == [into or out for into, out in itertools.pairwise(grows)]
+
+
+@given(stacks())
+@settings(max_examples=60)
+def test_sizes_multiply_to_the_number_of_entries(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
+    model, base, _ = made
+    for spec in read(model, base).values():
+        assert spec.fan_out.size * spec.fan_in.size * spec.stack * spec.split == math.prod(spec.shape)
+
+
+class Parent(nn.Module):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("unused", torch.zeros(3))
+        self.child = child
+
+
+@given(stacks())
+@settings(max_examples=40)
+def test_a_parent_and_buffers_change_only_names(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
+    model, base, _ = made
+    inside = read(Parent(model), Parent(base))
+    assert [name.removeprefix("child.") for name in inside] == list(read(model, base))
+    for own, spec in zip(read(model, base).values(), inside.values(), strict=True):
+        assert (facts(own), own.depth, own.why) == (facts(spec), spec.depth, spec.why)
+
+
+@given(stacks())
+@settings(max_examples=40)
+def test_a_model_that_is_its_base_has_no_ratios(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
+    model, _, _ = made
+    assert {ratio for spec in read(model, model).values() for ratio in spec.ratios.values()} <= {1}
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=40)
+def test_any_depth_against_any_depth(depth: int, base_depth: int) -> None:
+    """Every block finds a counterpart, of the same kind, whichever of the two is deeper."""
+
+    def make(width: int, blocks: int) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(width, 2, 2 * width)
+        return meta(lambda: nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False))
+
+    found = read(make(16, depth), make(8, base_depth))
+    assert {str(spec.depth) for spec in found.values()} == {f"{depth}/{base_depth}"}
+    for name, spec in found.items():
+        assert spec.base_name.split(".", 2)[2] == name.split(".", 2)[2]
+        assert spec.branch == (".out_proj." in name or ".linear2." in name)
