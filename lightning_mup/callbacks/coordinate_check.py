@@ -9,7 +9,7 @@ import itertools
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -24,6 +24,8 @@ from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.callbacks.probe import seed_all
 from lightning_mup.callbacks.watch import Forward, Watch
+from lightning_mup.core.base import Base
+from lightning_mup.core.infer import RoleLike, infer
 from lightning_mup.core.method import Method
 from lightning_mup.core.scaling import Choices, RulesLike
 
@@ -239,15 +241,18 @@ class _Runs:
     sweep: Sweep
 
     def records(self) -> list[Coordinate]:
-        data = self.sweep.data
-        if data is not None and not isinstance(data, LightningDataModule):
-            batches = list(itertools.islice(cast(Iterable[object], data), self.steps))
-            data = DataLoader(
-                cast(Dataset[object], batches), batch_size=None
-            )  # Lightning takes a list for many loaders
         todo = list(itertools.product(self.sizes, self.sweep.seeds))
         with isolate_rng(), _quiet(), tqdm(todo, "coordinate check", disable=not self.sweep.progress) as bar:
+            data = self.data()
             return [record for size, seed in bar for record in self.run(size, seed, data)]
+
+    def data(self) -> object:
+        given = self.sweep.data
+        if given is None or isinstance(given, LightningDataModule):
+            return given
+        seed_all(0)
+        batches = list(itertools.islice(cast(Iterable[object], given), self.steps))
+        return DataLoader(cast(Dataset[object], batches), batch_size=None)  # Lightning takes a list for many loaders
 
     def run(self, size: int, seed: int, data: object) -> list[Coordinate]:
         check = CoordinateCheck(self.steps, updates=self.sweep.updates, size=size, seed=seed)
@@ -284,13 +289,23 @@ class _Runs:
             method=self.method,
             lr=self.lr,
             weight_decay=self.sweep.weight_decay,
-            roles=choices.roles,
+            roles=self.roles(size),
             branches=choices.branches,
             forward=choices.forward,
             lr_multipliers=choices.lr_multipliers,
             batch=choices.batch,
             multipliers=choices.multipliers,
         )
+
+    def roles(self, size: int) -> Mapping[str, RoleLike]:
+        """At the smallest width nothing grows: there the roles are those that the next width tells."""
+        given = self.sweep.choices.roles
+        if self.axis == "depth" or size != self.sizes[0]:
+            return given
+        with isolate_rng():
+            wider, base = self.build(self.sizes[1]), Base.of(self.build(size))
+        read = infer(wider, base, roles=given)
+        return {spec.name: spec.role for spec in read if spec.why != "roles"} | dict(given)
 
 
 @contextlib.contextmanager

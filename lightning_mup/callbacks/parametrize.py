@@ -18,8 +18,7 @@ from lightning_mup.callbacks.companions import optimizers_in, refuse_companions,
 from lightning_mup.callbacks.mark import mark, unmarked
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.callbacks.record import as_state, compare, compare_forward, log_plan
-from lightning_mup.core.base import Base, resolve_base
-from lightning_mup.core.base import _proxy as build_proxy
+from lightning_mup.core.base import Base, build_proxy, resolve_base
 from lightning_mup.core.groups import GroupSplitter, check_groups
 from lightning_mup.core.infer import RoleLike, shared_names
 from lightning_mup.core.initialize import Initialize, initialize, padding_rows

@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mup.core.registry import near
 
-BaseLike = "Base | nn.Module | Mapping[str, object] | Callable[[], nn.Module] | str | Path"
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _FORMAT = 1
 
@@ -46,7 +46,10 @@ class Measured:
             Measured(mean=0.0, rms=3.0)
         """
         values = tensor.detach().double()
-        return cls(float(values.mean()), float(values.square().mean().sqrt()))
+        mean, square = values.mean(), values.square().mean()
+        if isinstance(mean, DTensor):  # each rank has the mean of its shard so far
+            mean, square = mean.full_tensor(), square.full_tensor()
+        return cls(float(mean), float(square.sqrt()))
 
     @property
     def constant(self) -> bool:
@@ -215,13 +218,14 @@ def is_base_of(base: object, target: nn.Module) -> bool:
 
 
 def doubled(base: object, target: nn.Module) -> Base | None:
-    """Return the shapes of the target with the overridden sizes doubled, to see in a base run what grows.
+    """Return the shapes of the target with the overridden sizes doubled, to see what grows where nothing is wider.
 
     Only overrides can be varied; for any other form of base, or where the doubled model cannot be built, None.
     """
     if not isinstance(base, Mapping):
         return None
-    wider = {k: 2 * v if isinstance(v, int) and not isinstance(v, bool) else v for k, v in base.items()}
+    own = getattr(target, "hparams", {})
+    wider = {k: 2 * own[k] for k in base if isinstance(own.get(k), int) and not isinstance(own[k], bool)}
     try:
         return _build(wider, target, "meta")
     except Exception:  # any model may refuse any size; the caller then falls back on the module type
@@ -232,10 +236,16 @@ def _build(base: object, target: nn.Module, device: str) -> Base:
     # torch.manual_seed would reset the accelerators' generators too, which fork_rng leaves alone here.
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(0)
-        return Base.of(_built(_proxy(base, target)))
+        return Base.of(_built(build_proxy(base, target)))
 
 
-def _proxy(base: object, target: nn.Module) -> nn.Module:
+def build_proxy(base: object, target: nn.Module) -> nn.Module:
+    """Build the proxy module from a factory or from overrides of the target's hyperparameters.
+
+    Examples:
+        >>> build_proxy(lambda: nn.Linear(8, 2), nn.Linear(16, 2)).in_features
+        8
+    """
     if isinstance(base, Mapping):
         return _rebuilt(target, cast(Mapping[str, object], base))
     if not callable(base):

@@ -65,7 +65,7 @@ class _Reading:
 
     def ends(self, owner: nn.Module | None, container: str) -> set[str]:
         if not self.structure.matrices:
-            raise Unclear("it holds no matrices")
+            raise Unclear(f"{type(self.block).__name__} holds no matrices")
         parts = self.summed("")
         if not parts:
             _check_outside(owner, container)

@@ -146,7 +146,7 @@ class _Reader:
     def layout(self, names: list[str], shape: tuple[int, ...], base: tuple[int, ...]) -> Layout | None:
         name, given, known = names[0], self.given.get(names[0]), self.known(names)
         if given is None and known is not None:
-            return replace(known, why=type(self.owners[name][0]).__name__)
+            return replace(known, why=type(self.owners[name][0]).__name__.removeprefix("NonDynamicallyQuantizable"))
         if given is None:
             return Layout(fan_in=(), why=f"{len(shape)}-D") if is_elementwise(shape) else None
         if known is None and isinstance(given.role, Role) and given == Layout(given.role):

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import nn
 
 from lightning_mup.core.base import Base, doubled, is_base_of, resolve_base
-from lightning_mup.core.infer import RoleLike, infer, warn_about_heads
+from lightning_mup.core.branches import branch_ends
+from lightning_mup.core.infer import RoleLike, infer, shared_names, warn_about_heads
 from lightning_mup.core.method import Method, Settings, Size, find_method
 from lightning_mup.core.patterns import match
 from lightning_mup.core.plan import EpsValue, ParamPlan, Plan
@@ -84,15 +85,17 @@ class Scaling:
         """
         found = find_rules(rules)
         specs = infer(model, base, wider=wider, roles=choices.roles, branches=choices.branches)
-        _check_depth(specs, found)
+        _check_depth(model, specs, found)
         names = [[s.name, *s.tied_to] for s in specs]
-        return cls(
+        made = cls(
             specs=specs,
             rules=found,
             choices=choices,
             forward=match(choices.forward, names, "forward"),
             lr_multipliers=_by_role_or_name(choices.lr_multipliers, specs, names),
         )
+        _check_gains(made, base)
+        return made
 
     def multiplier(self, spec: ParamSpec) -> float:
         """Return the forward multiplier ``a`` of a parameter, whether folded or hooked."""
@@ -197,10 +200,9 @@ def plan(
 
 def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices: Choices) -> Scaling:
     """Read a model against a resolved base, and warn where nothing would be carried over or heads grow."""
-    declared = is_base_of(given, model)
-    wider = doubled(given, model) if declared else None
+    wider = None if _is_wider(model, base) else doubled(given, model)
     scaling = Scaling.read(model, base, rules, choices, wider)
-    if not declared and all(r == 1 for s in scaling.specs for r in s.ratios.values()):
+    if not is_base_of(given, model) and all(r == 1 for s in scaling.specs for r in s.ratios.values()):
         warnings.warn(
             f"every parameter of {type(model).__name__} has the base's shape, so nothing is carried over; if this is "
             f"the base run, say base='self', else give a smaller base",
@@ -208,6 +210,11 @@ def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices:
         )
     warn_about_heads(model, base)
     return scaling
+
+
+def _is_wider(model: nn.Module, base: Base) -> bool:
+    shapes = ((names[0], tuple(p.shape)) for names, p in shared_names(model))
+    return any(base.shapes.get(name, shape) != shape for name, shape in shapes)
 
 
 def _own_factor(method: Method, spec: ParamSpec, settings: Settings) -> float:
@@ -251,25 +258,39 @@ def _by_role_or_name(
     return found | by_name
 
 
-def _check_depth(specs: Sequence[ParamSpec], rules: Rules) -> None:
+def _check_depth(model: nn.Module, specs: Sequence[ParamSpec], rules: Rules) -> None:
     deeper = [s for s in specs if s.depth.ratio != 1]
     if not deeper:
         return
     if not rules.uses_depth:
         warnings.warn(
             f"the model has {deeper[0].depth.size} blocks and the base {deeper[0].depth.base}, but rules "
-            f"{rules.name!r} say nothing about depth; use rules=['mup', 'complete_p']",
+            f"{rules.name!r} say nothing about depth; use rules=['mup', 'complete_p'], or branches=[] if the blocks "
+            f"are not residual",
             stacklevel=2,
         )
         return
-    blind = {s.block for s in deeper} - {s.block for s in deeper if s.branch}
+    blind = sorted({s.block for s in deeper} - {s.block for s in deeper if s.branch})
     if blind:
-        block = sorted(blind)[0]
-        matrices = [s.name for s in deeper if s.block == block and s.role is not Role.VECTOR]
+        reason = branch_ends(model, blind[:1])[1].get(blind[0], "no branch is named in it")
+        inside = [s.name for s in deeper if s.block == blind[0] and s.name.endswith("weight")]
         raise ValueError(
-            f"cannot tell where the residual branches of {block!r} end; name the last matrix of each, with * for the "
-            f"block's number, in branches=[...], out of {matrices}"
+            f"cannot tell where the residual branches of {blind[0]!r} end: {reason}; name the last weight of each (the "
+            f"gain of a norm that stands between it and the sum), with * for the block's number, in branches=[...], "
+            f"out of {inside}, or give branches=[] if the blocks are not residual"
         )
+
+
+def _check_gains(scaling: Scaling, base: Base) -> None:
+    """A gain that starts at 0 outside of torch's own norms stands for 1 + w, which no factor on w scales."""
+    for spec in scaling.specs:
+        at_zero = spec.base_name in base.measured and base.measured[spec.base_name].rms == 0
+        gain = spec.role is Role.VECTOR and spec.name.endswith("weight") and not hasattr(nn, spec.why)
+        if gain and at_zero and spec.branch and scaling.multiplier(spec) != 1 and scaling.choices.multipliers == "fold":
+            raise ValueError(
+                f"{spec.name!r} of a {spec.why} ends a residual branch and starts at 0, so it may stand for 1 + w, "
+                f"which cannot take a folded multiplier; use multipliers='hook'"
+            )
 
 
 _ROLE_WORDS = (*(role.value for role in Role), "embedding", "readout")

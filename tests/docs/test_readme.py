@@ -56,7 +56,11 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
     arguments = [str(tmp_path / word) if word.endswith(".png") else word for word in command[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     run = subprocess.run(
-        [sys.executable, "-m", "lightning_mup.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "lightning_mup.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
 

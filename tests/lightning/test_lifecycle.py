@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mup import Parametrize
+from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.core.multipliers import ForwardMultiplier
 from tests.lightning.helpers import BASE, Evaluated, Net, Tied, same, trainer, values
 
@@ -322,3 +323,14 @@ def test_a_hook_whose_module_waits_is_no_error() -> None:
             pass
 
     trainer(Parametrize(lambda: Waiting(16)), steps=3).fit(Waiting())
+
+
+def test_a_patch_replaces_the_one_before() -> None:
+    """A run that died without a teardown leaves its patch behind."""
+    module, seen = Net(), []
+    patch_method(module, "setup", after=lambda m: seen.append("old"))
+    patch_method(module, "setup", after=lambda m: seen.append("new"))
+    module.setup("fit")
+    assert seen == ["new"]
+    unpatch_method(module, "setup")
+    assert "setup" not in vars(module)

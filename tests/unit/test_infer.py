@@ -1,47 +1,22 @@
-"""Every parameter's role and dimensions, by what grows: per layer type, for whole library models, and in general."""
+"""Every parameter's role and dimensions, by what grows, layer by layer."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
-import hypothesis.strategies as st
 import pytest
 import torch
-import transformers
-from hypothesis import given, settings
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.pytorch_utils import Conv1D
 
-from lightning_mup import Base, Choices, Layout, ParamSpec, Role, plan
-from lightning_mup.core.infer import RoleLike, infer, shared_names
+from lightning_mup import Choices, Layout, Role, plan
+from lightning_mup.core.infer import RoleLike, shared_names
 from lightning_mup.core.layout import layout_of
 from tests.unit.blocks import LectureBlock, Model
+from tests.unit.reading import Bare, facts, meta, read
 
 Make = Callable[[int], nn.Module]
-
-
-def read(
-    model: nn.Module,
-    base: nn.Module,
-    roles: Mapping[str, RoleLike] | None = None,
-    branches: Sequence[str] | None = None,
-    wider: nn.Module | None = None,
-) -> dict[str, ParamSpec]:
-    grown = None if wider is None else Base.of(wider)
-    specs = infer(model, Base.of(base), roles=roles, branches=branches, wider=grown)
-    return {spec.name: spec for spec in specs}
-
-
-def meta(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make()
-
-
-def facts(spec: ParamSpec) -> tuple[str, str, str, int]:
-    return spec.role.value, str(spec.fan_out), str(spec.fan_in), spec.split
 
 
 # -- one layer ---------------------------------------------------------------------------------------------------------
@@ -156,12 +131,6 @@ def test_unknown_attributes_of_known_modules_are_not_guessed() -> None:
 
 
 # -- roles and layouts -------------------------------------------------------------------------------------------------
-
-
-class Bare(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.empty(shape, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -305,188 +274,3 @@ def test_wrappers_do_not_change_names() -> None:
         assert read(model, mlp(8)) == plain
         assert [names[0] for names, _ in shared_names(model)] == list(plain)
     assert read(mlp(16), nn.DataParallel(mlp(8))) == plain
-
-
-# -- library models, on the meta device --------------------------------------------------------------------------------
-
-
-def decoder(kind: str, width: int, depth: int, **config: object) -> nn.Module:
-    cls = getattr(transformers, kind)
-    sizes = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": depth}
-    return meta(lambda: cls(cls.config_class(**sizes, num_attention_heads=width // 8, pad_token_id=0, **config)))
-
-
-def roles_of(specs: Mapping[str, ParamSpec]) -> dict[str, set[str]]:
-    """Roles by the last two parts of the name."""
-    found: dict[str, set[str]] = {}
-    for name, spec in specs.items():
-        found.setdefault(".".join(name.split(".")[-2:]), set()).add(spec.role.value)
-    return found
-
-
-def test_bert() -> None:
-    found = read(decoder("BertModel", 32, 4), decoder("BertModel", 16, 2))
-    roles = roles_of(found)
-    inputs = {name for name, role in roles.items() if role == {"input"}}
-    assert inputs == {f"{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
-    assert all(
-        role == {"hidden"}
-        for name, role in roles.items()
-        if name.split(".")[0] in ("query", "key", "dense") and "weight" in name
-    )
-    assert {str(s.depth) for n, s in found.items() if ".layer." in n} == {"4/2"}
-    assert {n.split("layer.3.")[1] for n, s in found.items() if s.branch and "layer.3" in n and "weight" in n} == {
-        "attention.output.dense.weight",
-        "output.dense.weight",
-    }
-
-
-def test_vit_of_hugging_face() -> None:
-    def make(width: int) -> nn.Module:
-        config = transformers.ViTConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 8)
-        return meta(lambda: transformers.ViTForImageClassification(config))
-
-    found = read(make(32), make(16), roles={"*position_embeddings": "input"})
-    assert {n.split(".")[-1]: s.role.value for n, s in found.items() if "token" in n} == {"cls_token": "vector"}
-    assert found["vit.embeddings.patch_embeddings.projection.weight"].role is Role.INPUT
-    assert found["vit.embeddings.position_embeddings"].role is Role.INPUT
-    assert found["classifier.weight"].role is Role.OUTPUT
-    inside = {s.role.value for n, s in found.items() if ".layers." in n and s.fan_in.size > 1}
-    assert inside == {"hidden"}
-
-
-def test_t5() -> None:
-    """Relative positions are looked up per head; four names share one table."""
-
-    def make(width: int, depth: int, decoders: int) -> nn.Module:
-        config = transformers.T5Config(
-            vocab_size=64,
-            d_model=width,
-            d_kv=8,
-            d_ff=2 * width,
-            num_heads=width // 8,
-            num_layers=depth,
-            num_decoder_layers=decoders,
-        )
-        return meta(lambda: transformers.T5ForConditionalGeneration(config))
-
-    found = read(make(32, 4, 6), make(16, 2, 2))
-    assert found["shared.weight"].readout == ("lm_head",)
-    assert set(found["shared.weight"].tied_to) >= {"encoder.embed_tokens.weight", "lm_head.weight"}
-    assert {s.role.value for n, s in found.items() if "relative" in n} == {"input"}
-    assert str(found["encoder.block.3.layer.0.SelfAttention.q.weight"].depth) == "4/2"
-    assert str(found["decoder.block.5.layer.2.DenseReluDense.wi.weight"].depth) == "6/2"
-    ends = {n.split("block.1.")[1] for n, s in found.items() if s.branch and "decoder.block.1." in n}
-    assert ends == {
-        "layer.0.SelfAttention.o.weight",
-        "layer.1.EncDecAttention.o.weight",
-        "layer.2.DenseReluDense.wo.weight",
-    }
-
-
-EXPERTS = {
-    "*.mlp.gate.weight": Layout("output", fan_out=(0,)),
-    "*.experts.gate_up_proj": Layout(stack=(0,), fan_out=(1,), fan_in=(2,), split=2),
-    "*.experts.down_proj": Layout(stack=(0,), fan_out=(1,), fan_in=(2,)),
-}
-
-
-def test_mixtral() -> None:
-    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 8}
-    found = read(decoder("MixtralModel", 32, 4, **sizes), decoder("MixtralModel", 16, 2, **sizes), roles=EXPERTS)
-    up, down = (found[f"layers.3.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj"))
-    assert (facts(up), up.stack) == (("hidden", "96/48", "32/16", 2), 4)
-    assert (facts(down), down.stack) == (("hidden", "32/16", "96/48", 1), 4)
-    assert found["layers.0.mlp.gate.weight"].role is Role.OUTPUT
-    assert found["layers.0.self_attn.k_proj.weight"].role is Role.OUTPUT  # as many key heads as in the base
-    assert {n.split("layers.0.")[1] for n, s in found.items() if s.branch and "layers.0." in n} == {
-        "self_attn.o_proj.weight",
-        "mlp.experts.down_proj",
-    }
-
-
-def test_phi3_fused() -> None:
-    roles = {"*.qkv_proj.weight": Layout(split=3), "*.gate_up_proj.weight": Layout(split=2)}
-    found = read(decoder("Phi3Model", 32, 2), decoder("Phi3Model", 16, 2), roles=roles)
-    assert facts(found["layers.0.self_attn.qkv_proj.weight"]) == ("hidden", "32/16", "32/16", 3)
-    assert facts(found["layers.0.mlp.gate_up_proj.weight"]) == ("hidden", "96/48", "32/16", 2)
-
-
-# -- in general --------------------------------------------------------------------------------------------------------
-
-TABLE = {(True, False): "input", (True, True): "hidden", (False, True): "output", (False, False): "hidden"}
-
-
-@st.composite
-def stacks(draw: st.DrawFn) -> tuple[nn.Module, nn.Module, list[bool]]:
-    """A stack of linear layers and convolutions at two sizes, any subset of whose widths grows."""
-    grows = draw(st.lists(st.booleans(), min_size=2, max_size=6))
-    factor = draw(st.integers(2, 3))
-    sizes = [draw(st.integers(1, 5)) for _ in grows]
-    kernels = [draw(st.sampled_from([0, 1, 3])) for _ in grows[1:]]
-    bias = draw(st.booleans())
-
-    def make(scale: int) -> nn.Module:
-        widths = [size * scale if grown else size for size, grown in zip(sizes, grows, strict=True)]
-        pairs = zip(widths, widths[1:], kernels, strict=False)
-        layers = [nn.Conv1d(i, o, k, bias=bias) if k else nn.Linear(i, o, bias=bias) for i, o, k in pairs]
-        return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())])
-
-    return meta(lambda: make(factor)), meta(lambda: make(1)), grows
-
-
-@given(stacks())
-@settings(max_examples=60)
-def test_roles_follow_growth(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
-    model, base, grows = made
-    found = [spec for name, spec in read(model, base).items() if name.endswith("weight")]
-    assert [spec.role.value for spec in found] == [TABLE[out, into] for into, out in itertools.pairwise(grows)]
-    assert [spec.certain for spec in found] == [into or out for into, out in itertools.pairwise(grows)]
-
-
-@given(stacks())
-@settings(max_examples=60)
-def test_sizes_multiply_to_the_number_of_entries(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
-    model, base, _ = made
-    for spec in read(model, base).values():
-        assert spec.fan_out.size * spec.fan_in.size * spec.stack * spec.split == math.prod(spec.shape)
-
-
-class Parent(nn.Module):
-    def __init__(self, child: nn.Module) -> None:
-        super().__init__()
-        self.register_buffer("unused", torch.zeros(3))
-        self.child = child
-
-
-@given(stacks())
-@settings(max_examples=40)
-def test_a_parent_and_buffers_change_only_names(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
-    model, base, _ = made
-    inside = read(Parent(model), Parent(base))
-    assert [name.removeprefix("child.") for name in inside] == list(read(model, base))
-    for own, spec in zip(read(model, base).values(), inside.values(), strict=True):
-        assert (facts(own), own.depth, own.why) == (facts(spec), spec.depth, spec.why)
-
-
-@given(stacks())
-@settings(max_examples=40)
-def test_a_model_that_is_its_base_has_no_ratios(made: tuple[nn.Module, nn.Module, list[bool]]) -> None:
-    model, _, _ = made
-    assert {ratio for spec in read(model, model).values() for ratio in spec.ratios.values()} <= {1}
-
-
-@given(st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=40)
-def test_any_depth_against_any_depth(depth: int, base_depth: int) -> None:
-    """Every block finds a counterpart, of the same kind, whichever of the two is deeper."""
-
-    def make(width: int, blocks: int) -> nn.Module:
-        layer = nn.TransformerEncoderLayer(width, 2, 2 * width)
-        return meta(lambda: nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False))
-
-    found = read(make(16, depth), make(8, base_depth))
-    assert {str(spec.depth) for spec in found.values()} == {f"{depth}/{base_depth}"}
-    for name, spec in found.items():
-        assert spec.base_name.split(".", 2)[2] == name.split(".", 2)[2]
-        assert spec.branch == (".out_proj." in name or ".linear2." in name)

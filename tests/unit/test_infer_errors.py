@@ -5,27 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_mup import Base, Choices, Layout, ParamSpec, Role, plan
-from lightning_mup.core.infer import RoleLike, infer
+from lightning_mup import Choices, Layout, Role, plan
+from lightning_mup.core.infer import RoleLike
 from lightning_mup.core.patterns import match
 from tests.unit.blocks import AllInTheBlockUnseen, LectureBlock, Model, UnseenSum
-from tests.unit.test_infer import Bare, meta
-
-
-def read(
-    model: nn.Module,
-    base: nn.Module,
-    roles: Mapping[str, RoleLike] | None = None,
-    branches: Sequence[str] | None = None,
-) -> dict[str, ParamSpec]:
-    return {spec.name: spec for spec in infer(model, Base.of(base), roles=roles, branches=branches)}
+from tests.unit.reading import Bare, meta, read
 
 
 def message(model: nn.Module, base: nn.Module, roles: Mapping[str, RoleLike] | None = None) -> str:

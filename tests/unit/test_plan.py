@@ -87,7 +87,10 @@ def test_rate_multipliers_leave_the_decay_per_step_alone() -> None:
     ("choices", "message"),
     [
         (Choices(lr_multipliers={"scalar": 2}), r"lr_multipliers name \['scalar'\], but the model has only \['hidden'"),
-        (Choices(lr_multipliers={"net.7.weight": 2}), r"lr_multipliers: pattern 'net\.7\.weight' matches no parameter; "),
+        (
+            Choices(lr_multipliers={"net.7.weight": 2}),
+            r"lr_multipliers: pattern 'net\.7\.weight' matches no parameter; ",
+        ),
         (Choices(lr_multipliers={"hidden": 2, "net.2.weight": 3}), r"name \['net\.2\.weight'\] by role and by pattern"),
         (Choices(forward={"net.9.weight": Power(fan_in=1)}), r"forward: pattern 'net\.9\.weight' matches no parameter"),
     ],
@@ -131,7 +134,9 @@ def test_a_base_run_knows_its_roles_from_doubled_overrides() -> None:
 
 
 def test_guessed_roles_are_not_used_silently() -> None:
-    with pytest.raises(ValueError, match=r"nothing grows against the base.*guesses; name them: (roles=\{.*\}), or") as error:
+    with pytest.raises(
+        ValueError, match=r"nothing grows against the base.*guesses; name them: (roles=\{.*\}), or"
+    ) as error:
         plan(mlp(64), "self", choices=Choices(lr_multipliers={"output": 3}))
     assert '"net.4.weight": "hidden"' in str(error.value)
     roles = {"net.0.weight": "input", "net.2.weight": "hidden", "net.4.weight": "output"}

@@ -13,10 +13,10 @@ import pytest
 from lightning_mup.core import registry
 from lightning_mup.core.rules import Rules, all_rules, find_rules
 
-RULES = '''
+RULES = """
 from lightning_mup import Row, Rules, Role, SPECTRAL
 MINE = Rules("{name}", dict.fromkeys(Role, Row(update_norm=SPECTRAL)), reference="a test")
-'''
+"""
 
 
 @pytest.fixture
