@@ -1,0 +1,1 @@
+"""Runnable stories: a script and its recorded result each."""

@@ -24,7 +24,7 @@ from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.callbacks.probe import seed_all
 from lightning_mup.callbacks.watch import Forward, Watch
-from lightning_mup.core.base import Base
+from lightning_mup.core.base import Base, built
 from lightning_mup.core.infer import RoleLike, infer
 from lightning_mup.core.method import Method
 from lightning_mup.core.scaling import Choices, RulesLike
@@ -298,12 +298,12 @@ class _Runs:
         )
 
     def roles(self, size: int) -> Mapping[str, RoleLike]:
-        """At the smallest width nothing grows: there the roles are those that the next width tells."""
+        """At the smallest width nothing grows: there rate multipliers by role need what the next width tells."""
         given = self.sweep.choices.roles
-        if self.axis == "depth" or size != self.sizes[0]:
+        if self.axis == "depth" or size != self.sizes[0] or not self.sweep.choices.lr_multipliers:
             return given
         with isolate_rng():
-            wider, base = self.build(self.sizes[1]), Base.of(self.build(size))
+            wider, base = built(self.build(self.sizes[1])), Base.of(built(self.build(size)))
         read = infer(wider, base, roles=given)
         return {spec.name: spec.role for spec in read if spec.why != "roles"} | dict(given)
 

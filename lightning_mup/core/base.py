@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,10 +47,10 @@ class Measured:
             Measured(mean=0.0, rms=3.0)
         """
         values = tensor.detach().double()
-        mean, square = values.mean(), values.square().mean()
-        if isinstance(mean, DTensor):  # each rank has the mean of its shard so far
-            mean, square = mean.full_tensor(), square.full_tensor()
-        return cls(float(mean), float(square.sqrt()))
+        moments = [values.mean(), values.square().mean()]
+        # Of a sharded tensor each rank has the mean of its shard so far.
+        mean, square = (float(m.full_tensor() if isinstance(m, DTensor) else m) for m in moments)
+        return cls(mean, math.sqrt(square))
 
     @property
     def constant(self) -> bool:
@@ -225,7 +226,9 @@ def doubled(base: object, target: nn.Module) -> Base | None:
     if not isinstance(base, Mapping):
         return None
     own = getattr(target, "hparams", {})
-    wider = {k: 2 * own[k] for k in base if isinstance(own.get(k), int) and not isinstance(own[k], bool)}
+    wider = {k: 2 * own[k] for k, v in base.items() if type(v) is int and type(own.get(k)) is int}  # flags are no sizes
+    if not wider:
+        return None
     try:
         return _build(wider, target, "meta")
     except Exception:  # any model may refuse any size; the caller then falls back on the module type
@@ -236,7 +239,7 @@ def _build(base: object, target: nn.Module, device: str) -> Base:
     # torch.manual_seed would reset the accelerators' generators too, which fork_rng leaves alone here.
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(0)
-        return Base.of(_built(build_proxy(base, target)))
+        return Base.of(built(build_proxy(base, target)))
 
 
 def build_proxy(base: object, target: nn.Module) -> nn.Module:
@@ -277,8 +280,16 @@ def _rebuilt(target: nn.Module, overrides: Mapping[str, object]) -> nn.Module:
         raise ValueError(problem) from error
 
 
-def _built(module: nn.Module) -> nn.Module:
-    """Run the hooks in which a LightningModule may build its layers, as a Trainer would."""
+def built(module: nn.Module) -> nn.Module:
+    """Run the hooks in which a LightningModule may build its layers, as a Trainer would; returns the module.
+
+    Raises:
+        ValueError: a hook needs a Trainer.
+
+    Examples:
+        >>> built(nn.Linear(2, 2)).in_features
+        2
+    """
     for hook, arguments in (("setup", ("fit",)), ("configure_model", ())):
         build = getattr(module, hook, None)
         # configure_model must be callable twice, says Lightning; setup need not, and may want data.

@@ -23,6 +23,7 @@ from lightning_mup.callbacks.coordinate_check import CoordinateCheck, Sweep, coo
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.power import Power
 from lightning_mup.core.rules import Rules, find_rules
+from lightning_mup.core.scaling import Choices
 from lightning_mup.core.spec import Role
 from tests.models import MLP, ResidualMLP, TransformerLM, markov_text
 
@@ -410,3 +411,11 @@ def test_layers_behind_a_zero_readout_do_not_change_at_first() -> None:
     assert notes["output", "net.2", 1] == "no change"
     assert notes["output", "net.2", 2] == notes["output", "net.4", 1] == ""
     assert report.passed, report.table()
+
+
+def test_rates_by_role_reach_the_smallest_width() -> None:
+    how = replace(sweep(1), choices=Choices(lr_multipliers={"readout": 0.25}))
+    reports = [coordinate_check(mlp, widths=(32, 64), method="sgd", steps=1, sweep=s) for s in (sweep(1), how)]
+    plain, slowed = ([r.value for r in report.records if r.layer == "net.6.weight"] for report in reports)
+    assert len(plain) == 2
+    assert slowed == pytest.approx([0.25 * value for value in plain], rel=1e-5)

@@ -63,7 +63,8 @@ def test_diff_names_what_differs() -> None:
 def test_the_table_has_a_line_per_kind_and_leaves_usual_columns_out() -> None:
     lines = made().table().splitlines()
     assert lines[0] == "rules=mup  params=6  factors on the values at the base"
-    assert lines[1].split() == "role n fan_out fan_in method init lr eps wd because example".split()
+    assert lines[1].split()[:5] == ["role", "n", "fan_out", "fan_in", "method"]
+    assert lines[1].split()[5:] == ["init", "lr", "eps", "wd", "because", "example"]
     assert len(lines) == 2 + 5
     deep = plan(ResidualMLP(64, 8), lambda: ResidualMLP(64, 2), rules="complete_p").table()
     assert "depth" in deep
