@@ -44,7 +44,7 @@ class Text(TransformerLM):
     being finite rather than from the rules.
     """
 
-    def __init__(self, width: int = 64, depth: int = 1) -> None:
+    def __init__(self, width: int = 64, depth: int = 2) -> None:
         super().__init__(width, depth)
         with torch.no_grad():
             self.readout.weight.mul_(0.1)
@@ -57,6 +57,26 @@ def mlp(width: int) -> MLP:
     return MLP(width, depth=3)
 
 
+BRANCH_ENDS = ("down.weight", "down.bias", "out_proj.weight", "linear2.weight", "linear2.bias")
+
+
+def quiet(factory: Callable[..., LightningModule]) -> Callable[..., LightningModule]:
+    """Start the residual branches at zero, as in the paper.
+
+    Else L random branches of size 1/L add 1/sqrt(L) to the stream at the start, which SGD, whose steps follow the
+    gradient's size, shows as slopes of 0.2 from 4 blocks on.
+    """
+
+    def build(depth: int) -> LightningModule:
+        module = factory(depth=depth)
+        for name, parameter in module.named_parameters():
+            if name.endswith(BRANCH_ENDS):
+                nn.init.zeros_(parameter)
+        return module
+
+    return build
+
+
 # -- acceptance --------------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +84,8 @@ def mlp(width: int) -> MLP:
 @pytest.mark.parametrize("factory", [mlp, Text])
 def test_mup_is_flat_in_width(factory: Callable[..., LightningModule], method: str) -> None:
     seeds = 5 if method == "sgd" else 3  # its update follows the gradient's size, which varies most from seed to seed
-    report = coordinate_check(factory, widths=WIDTHS, method=method, lr=LR[method], sweep=sweep(seeds))
+    how = replace(sweep(seeds), weight_decay=1e-4 if method == "adamw" else 0.0)
+    report = coordinate_check(factory, widths=WIDTHS, method=method, lr=LR[method], sweep=how)
     assert report.steps == tuple(range(1, 11))
     assert {s.note for s in report.slopes} == {""}
     assert report.passed, report.table()
@@ -85,6 +106,24 @@ def test_complete_p_is_flat_in_depth(factory: Callable[..., LightningModule]) ->
     assert report.size == "depth"
     assert report.tolerance == 0.15
     assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+@pytest.mark.parametrize("factory", [ResidualMLP, Text])
+def test_complete_p_is_flat_in_depth_from_quiet_branches(factory: Callable[..., LightningModule], method: str) -> None:
+    how = sweep(3)
+    report = coordinate_check(quiet(factory), depths=DEPTHS, rules=COMPLETE_P, method=method, lr=LR[method], sweep=how)
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+@pytest.mark.parametrize("factory", [ResidualMLP, Text])
+def test_mup_alone_fails_in_depth_from_quiet_branches(factory: Callable[..., LightningModule], method: str) -> None:
+    with pytest.warns(UserWarning, match="say nothing about depth"):
+        report = coordinate_check(
+            quiet(factory), depths=DEPTHS, method=method, lr=LR[method], sweep=sweep(1, updates=False)
+        )
+    assert max(s.slope for s in report.failed) > 0.3
 
 
 @pytest.mark.parametrize("factory", [ResidualMLP, Text])
