@@ -153,6 +153,10 @@ class Sweep:
         updates: whether to check the updates' spectral norms, too.
         accelerator: Lightning's ``accelerator``; one device is used.
         progress: whether to show a progress bar on stderr.
+
+    Examples:
+        >>> Sweep(seeds=range(5), weight_decay=1e-5).seeds
+        range(0, 5)
     """
 
     seeds: Sequence[int] = (0, 1, 2)

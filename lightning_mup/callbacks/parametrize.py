@@ -52,7 +52,8 @@ class Parametrize(Callback):
         roles: role or :class:`Layout` by name pattern, for what cannot be known from module and growth.
         branches: patterns of the last matrix of each residual branch, where it cannot be found.
         forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
-        lr_multipliers: factor on the learning rate by role or name pattern, a hyperparameter of the base.
+        lr_multipliers: factor on the learning rate by role or name pattern, a hyperparameter of the base. A role takes
+            in all that the plan shows under it: keys and values of a fixed number of heads are outputs, too.
         batch: (batch size, base batch size); changes Adam's epsilon alone.
         multipliers: ``"fold"`` forward multipliers into initialization, rate and epsilon, or apply them by ``"hook"``.
         initialize: ``"scale"`` the module's own draws, ``"draw"`` anew from a generator seeded by each parameter's

@@ -28,6 +28,13 @@ class ParamPlan:
         folded: forward multiplier that is folded into the numbers above.
         forward: forward multiplier that a hook applies.
         readout: multiplier that a hook applies to the outputs of the modules that share it as a readout.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_mup import plan
+        >>> row = plan(nn.Linear(64, 2), base=lambda: nn.Linear(16, 2), method="adam")["weight"]
+        >>> row.init, row.lr, row.weight_decay, dict(row.eps)
+        (0.25, 0.25, 0.25, {'eps': 1.0})
     """
 
     spec: ParamSpec

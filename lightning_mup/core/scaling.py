@@ -34,6 +34,14 @@ class Choices:
         lr_multipliers: by role or name pattern, a factor on the learning rate, a hyperparameter of the base.
         batch: batch size and base batch size.
         multipliers: whether forward multipliers are folded into init, update and epsilon, or applied by hooks.
+
+    Raises:
+        ValueError: a value makes no sense.
+
+    Examples:
+        >>> Choices(lr_multipliers={"embedding": 0.0})
+        Traceback (most recent call last):
+        ValueError: lr_multipliers must be positive, got {'embedding': 0.0}; freeze ...
     """
 
     roles: Mapping[str, RoleLike] = field(default_factory=dict)
