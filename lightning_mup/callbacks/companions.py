@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 _CALLBACKS = {
     LearningRateFinder: "sets one learning rate for all groups, which undoes the plan; run it on the base model "
     "without Parametrize, and give the rate that it finds here",
+    BaseFinetuning: "adds groups of parameters while training, which no plan covers; set requires_grad before "
+    "trainer.fit and give initialize='keep'",
     StochasticWeightAveraging: "anneals all groups to one learning rate, which undoes the plan; use "
     "lightning.pytorch.callbacks.WeightAveraging, which leaves the rates alone",
 }

@@ -271,12 +271,15 @@ class Parametrize(Callback):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _say_clipping(self, trainer: Trainer) -> None:
+        if not trainer.gradient_clip_val or trainer.gradient_clip_algorithm == "value":
+            return
         assert self.plan is not None
-        if trainer.gradient_clip_val and any(p.folded != 1 for p in self.plan.params):
-            rank_zero_info(
-                f"gradient_clip_val={trainer.gradient_clip_val} clips by a norm over all gradients, which is the one "
-                f"thing that can tell folded multipliers from hooked ones."
-            )
+        folded = " It is also the one thing that can tell folded multipliers from hooked ones."
+        rank_zero_info(
+            f"gradient_clip_val={trainer.gradient_clip_val} clips by one norm over all gradients. That norm grows with "
+            f"the model (a readout's gradient as the square root of width), so the threshold carries over only where "
+            f"it seldom clips.{folded if any(p.folded != 1 for p in self.plan.params) else ''}"
+        )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -43,14 +43,17 @@ class Measured:
         """Measure a tensor in float64; a sharded one gives its global values.
 
         Examples:
-            >>> Measured.of(torch.tensor([3.0, -3.0]))
+            >>> Measured.of(torch.tensor([3.0, -3.0, 3.0, -3.0]))
             Measured(mean=0.0, rms=3.0)
         """
-        values = tensor.detach().double()
-        moments = [values.mean(), values.square().mean()]
-        # Of a sharded tensor each rank has the mean of its shard so far.
-        mean, square = (float(m.full_tensor() if isinstance(m, DTensor) else m) for m in moments)
-        return cls(mean, math.sqrt(square))
+        # Reduced in float64 piece by piece: a copy in float64 would take twice the tensor's memory.
+        moments = [
+            tensor.detach().mean(dtype=torch.float64),
+            torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64),
+        ]
+        # Of a sharded tensor each rank has its shard's part so far.
+        mean, norm = (float(m.full_tensor() if isinstance(m, DTensor) else m) for m in moments)
+        return cls(mean, norm / math.sqrt(tensor.numel()))
 
     @property
     def constant(self) -> bool:
@@ -170,14 +173,22 @@ def refuse_lazy(module: nn.Module) -> None:
 
 
 def head_dims(module: nn.Module) -> dict[str, int]:
-    """Return the attention-head size of each module that states one as ``head_dim``.
+    """Return the attention-head size of each module that states it, as ``head_dim`` or by width and number of heads.
 
     Examples:
         >>> head_dims(nn.MultiheadAttention(64, 4))
         {'': 16}
     """
-    found = ((canonical(f"{name}."), getattr(m, "head_dim", None)) for name, m in module.named_modules())
-    return {name.rstrip("."): dim for name, dim in found if isinstance(dim, int)}
+    found = ((canonical(f"{name}."), _head_dim(m)) for name, m in module.named_modules())
+    return {name.rstrip("."): dim for name, dim in found if dim is not None}
+
+
+def _head_dim(module: nn.Module) -> int | None:
+    dim, heads, width = (
+        next((v for n in names if type(v := getattr(module, n, None)) is int and v > 0), None)
+        for names in (("head_dim",), ("num_heads", "n_heads", "n_head", "nhead"), ("embed_dim", "n_embd", "d_model"))
+    )
+    return dim if dim is not None or heads is None or width is None else width // heads
 
 
 def resolve_base(base: object, target: nn.Module, *, materialize: bool = False) -> Base:

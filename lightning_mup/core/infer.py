@@ -77,6 +77,7 @@ class _Reader:
         self.given = match({k: _as_layout(v) for k, v in roles.items()}, named, "roles")
         self.layouts: dict[str, Layout] = {}
         self.unread: list[Bare] = []
+        self.vocabularies = self.table_lengths()
 
     def read(self) -> tuple[ParamSpec, ...]:
         found = [self.spec(names, p) for names, p in self.parameters if p.requires_grad]
@@ -96,6 +97,9 @@ class _Reader:
             return None
         _check_axes(name, shape, layout)
         spec = _read_axes(name, shape, base_shape, layout)
+        if not layout.lookup and layout.axes_in(len(shape)) and spec.fan_out in self.vocabularies:
+            # A readout onto a vocabulary of another length, as the embedding's: no width.
+            spec = replace(spec, fan_out=Dim(spec.fan_out.size, spec.fan_out.size))
         grown = _read_axes(name, self.wider_shape(name, shape), shape, layout) if self.wider else spec
         role, why, certain = _role(spec if _grows(spec) else grown, layout)
         if layout.role is None and role in (Role.INPUT, Role.OUTPUT) and not layout.lookup and self.is_one_of(name):
@@ -118,6 +122,15 @@ class _Reader:
             tied_to=tuple(names[1:]),
             readout=readout,
         )
+
+    def table_lengths(self) -> set[Dim]:
+        """Return the numbers of rows of lookup tables, here and in the base, where they differ."""
+        found: set[Dim] = set()
+        for names, parameter in self.parameters:
+            base = self.base.shapes.get(self.blocks.base_name(names[0]), ())
+            if self.is_lookup(names[0]) and len(base) == 2 and base[0] != parameter.shape[0]:
+                found.add(Dim(parameter.shape[0], base[0]))
+        return found
 
     def depth(self, name: str) -> tuple[Dim, str]:
         depth, block = self.blocks.depth(name)
@@ -320,4 +333,21 @@ def _check_alike(specs: Sequence[ParamSpec], blocks: Blocks) -> None:
             raise ValueError(
                 f"{other!r} {shape} and {spec.name!r} {spec.shape} both map onto {base_name!r} of the shallower base; "
                 f"give the base as many blocks, or one of each shape"
+            )
+    _check_ratios(specs, blocks)
+
+
+def _check_ratios(specs: Sequence[ParamSpec], blocks: Blocks) -> None:
+    """Blocks of different widths in turn: a wide one that maps onto a narrow one shows by its ratios."""
+    ratios: dict[str, tuple[str, tuple[float, float]]] = {}
+    for spec in specs:
+        if not blocks.resized(spec.name) or not spec.block:
+            continue
+        inside = f"{spec.block.rpartition('.')[0]}.*{spec.name[len(spec.block) :]}"
+        own = (spec.fan_out.ratio, spec.fan_in.ratio)
+        other, found = ratios.setdefault(inside, (spec.name, own))
+        if found != own:
+            raise ValueError(
+                f"{other!r} and {spec.name!r} stand in like blocks, but have grown by {found} and {own} against the "
+                f"shallower base; give the base as many blocks, or blocks of one kind"
             )

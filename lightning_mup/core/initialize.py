@@ -28,8 +28,9 @@ def initialize(
     """Give each parameter the root mean square ``ratio x (the proxy's)``.
 
     ``"scale"`` multiplies the values that the module drew itself, so that any initialization scheme keeps its shape and
-    zeros stay zero; where no ratio differs from 1 the values are left alone. ``"draw"`` draws normal values from a
-    generator seeded by the parameter's name alone, so that every rank, strategy and order of construction agrees.
+    zeros stay zero; at the base, where no ratio differs from 1, all values are left alone. ``"draw"`` draws normal
+    values from a generator seeded by the parameter's name alone, so that every rank, strategy and order of construction
+    agrees.
 
     Args:
         parameters: the tensors by name, sharded (DTensor) or not; the global random state is not touched.
@@ -48,9 +49,11 @@ def initialize(
         >>> round(Measured.of(net.weight).rms / sizes["weight"].rms, 6)
         0.25
     """
+    if how == "keep" or (how == "scale" and all(map(_untouched, params.values()))):
+        return
     for name, parameter in parameters.items():
         param = params.get(name)
-        if how == "keep" or param is None or (how == "scale" and _untouched(param)):
+        if param is None:
             continue
         with torch.no_grad():
             if how == "scale":

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_mup import Base, Parametrize
+from lightning_mup.callbacks.companions import refuse_meta
 from tests.lightning.helpers import BASE, Net, Tied, adam, trainer, values
 
 Words = list[str]
@@ -247,10 +248,18 @@ class Thawing(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
 
 
+def test_finetuning_that_adds_groups_is_refused_at_once() -> None:
+    message = message_of(lambda: trainer(Thawing(), Parametrize(lambda: Net(16))).fit(Net()))
+    assert_says(message, "cannot run beside Thawing", "adds groups", "requires_grad before trainer.fit")
+
+
 def test_parameters_added_later() -> None:
-    make = lambda m: torch.optim.Adam((p for p in m.parameters() if p.requires_grad), lr=0.1)  # noqa: E731
-    run = lambda: trainer(Thawing(), Parametrize(lambda: Net(16)), steps=20).fit(Net(make=make))  # noqa: E731
-    assert_says(message_of(run), "group of Adam", "added after configure_optimizers", "pass all parameters")
+    class Growing(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+    message = message_of(lambda: trainer(Parametrize(BASE)).fit(Growing()))
+    assert_says(message, "group of Adam", "added after configure_optimizers", "pass all parameters")
 
 
 def test_parameters_freed_later() -> None:
@@ -325,3 +334,36 @@ def test_resume_of_a_run_without_a_plan(tmp_path: Path) -> None:
     ran.save_checkpoint(tmp_path / "plain.ckpt")
     message = message_of(resume(tmp_path / "plain.ckpt"))
     assert_says(message, "step 8", "without Parametrize", "initialize='keep'")
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda o: [o],
+        lambda o: ([o], []),
+        lambda o: {"optimizer": o},
+        lambda o: {"optimizer": o, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(o, [lambda step: 1.0])},
+        lambda o: [{"optimizer": o}],
+    ],
+)
+def test_optimizer_built_too_early_in_whatever_is_returned(returned: Callable[[Any], Any]) -> None:
+    module = Net(make=lambda m: returned(m.early))
+    object.__setattr__(module, "early", torch.optim.SGD(module.parameters(), lr=0.1))
+    assert_says(message_of(fit(module)), "SGD was built before configure_optimizers", "build it inside")
+
+
+def test_meta_device_under_a_strategy_that_materializes(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer()
+    monkeypatch.setattr(type(built), "strategy", object.__new__(ModelParallelStrategy))
+    refuse_meta(built, Net().to("meta"))
+
+
+def test_differences_that_are_not_shown_are_counted(checkpoint: Path) -> None:
+    message = message_of(resume(checkpoint, base={"width": 32}))
+    shown = [line for line in message.splitlines() if "(other: " in line][1:]  # the first line holds the digests
+    assert len(shown) == 8
+    (more,) = re.findall(r"and (\d+) more", message)
+    old, new = Parametrize(BASE), Parametrize({"width": 32})
+    for parametrize in (old, new):
+        trainer(parametrize, steps=0).fit(Net())
+    assert len(shown) + int(more) == len(new.plan.diff(old.plan.rows()))

@@ -210,7 +210,11 @@ def test_clipping_is_told_where_it_matters(caplog: pytest.LogCaptureFixture) -> 
     for rules, told in (("mup", False), ("ntk", True)):
         caplog.clear()
         trainer(Parametrize(BASE, rules=rules), gradient_clip_val=0.1).fit(Net())
+        assert "clips by one norm over all gradients" in caplog.text
         assert ("tell folded multipliers from hooked" in caplog.text) is told
+    caplog.clear()
+    trainer(Parametrize(BASE), gradient_clip_val=0.1, gradient_clip_algorithm="value").fit(Net())
+    assert "clips by" not in caplog.text
 
 
 def test_plan_is_announced_and_printed_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -334,3 +338,12 @@ def test_a_patch_replaces_the_one_before() -> None:
     assert seen == ["new"]
     unpatch_method(module, "setup")
     assert "setup" not in vars(module)
+
+
+def test_a_run_that_fails_shows_no_plan_of_the_run_before() -> None:
+    parametrize = Parametrize(BASE)
+    trainer(parametrize).fit(Net(32))
+    assert parametrize.plan is not None
+    with pytest.raises(ValueError, match="no scaling rule is declared"):
+        trainer(parametrize).fit(Net(make=lambda m: torch.optim.ASGD(m.parameters())))
+    assert parametrize.plan is None

@@ -160,3 +160,27 @@ def test_supplied_optimizer_takes_a_schedule(name: str) -> None:
     at_base = [rates[0] for rates in untouched(SCHEDULES[name])][:-1]
     mults = [group["lr_mult"] for group in fitted.optimizers[0].param_groups]
     assert rated.rates == [pytest.approx([rate * mult for mult in mults], rel=1e-12) for rate in at_base]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: lr_scheduler.OneCycleLR(
+            o, 0.1, total_steps=STEPS + 1, base_momentum=[0.8, 0.7], max_momentum=[0.9, 0.95]
+        ),
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 4, base_momentum=[0.8, 0.7], max_momentum=[0.9, 0.95]),
+    ],
+)
+def test_momenta_may_be_given_per_group(schedule: Schedule) -> None:
+    """A list holds one entry for each of the user's groups, however many these were split into."""
+    fitted = trainer(Parametrize(BASE), steps=3)
+    fitted.fit(scheduled(schedule))
+    plain = two_groups([nn.Parameter(torch.ones(1))], [nn.Parameter(torch.ones(1))])
+    scheduler = schedule(plain)
+    for _ in range(3):
+        plain.step()
+        scheduler.step()
+    want = [group["momentum"] for group in plain.param_groups]
+    groups = fitted.optimizers[0].param_groups
+    assert want[0] != want[1]
+    assert [g["momentum"] for g in groups] == pytest.approx([want[g["given_group"]] for g in groups])

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from lightning_mup import Base, ParamSpec
@@ -123,3 +124,34 @@ def test_shortcuts_have_no_depth() -> None:
     found = specs(Model(Block(), Block(), Block()), Model(Block()))
     assert {n.split(".")[2]: str(s.depth) for n, s in found.items()} == {"shortcut": "1/1", "conv": "3/1"}
     assert [n for n, s in found.items() if s.branch and "weight" in n] == [f"blocks.{i}.conv.weight" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["heads", "experts", "lm_heads"])
+def test_parallel_parts_of_a_whole_model_are_no_depth(name: str) -> None:
+    def side_by_side(count: int) -> nn.Module:
+        made = nn.Module()
+        made.add_module(name, nn.ModuleList(linear_blocks(*[4] * count)))
+        return made
+
+    assert set(depths(side_by_side(4), side_by_side(2)).values()) == {"1/1"}
+    assert Blocks(side_by_side(4), names_of(side_by_side(2))).resized(f"{name}.0.0.weight")
+
+
+def test_biases_of_bare_branch_ends_are_ends_too() -> None:
+    """Experts in one tensor keep their biases beside them, as down_proj and down_proj_bias."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.down, self.down_bias = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4))
+
+    model, base = Model(Block(), Block()), Model(Block())
+    found = {s.name: s for s in infer(model, Base.of(base), roles={"*.down": "hidden"}, branches=["blocks.*.down"])}
+    assert {n.split(".", 2)[2] for n, s in found.items() if s.branch} == {"down", "down_bias"}
+
+
+def test_the_block_is_the_innermost_one() -> None:
+    for base in (Model(stage(2), stage(3)), Model(stage(1), stage(1))):
+        blocks = Blocks(Model(stage(2), stage(3)), names_of(base))
+        assert blocks.depth("blocks.1.blocks.2.0.weight")[1] == "blocks.1.blocks.2"

@@ -279,3 +279,41 @@ def test_wrapped_blocks_read_alike() -> None:
     compiled.blocks[0].mlp = torch.compile(compiled.blocks[0].mlp)
     compiled.blocks[0] = torch.compile(compiled.blocks[0])
     assert reading(compiled, "blocks.0") == (expected, "")
+
+
+class BentPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc2(torch.relu(self.fc1(x))))
+
+
+class WithBentPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), BentPart()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def test_a_nonlinearity_behind_the_last_matrix_is_refused() -> None:
+    ends, why = reading(Model(WithBentPart()), "blocks.0")
+    assert ends == []
+    assert "a nonlinearity follows 'fc2'" in why
+
+
+class BentSum(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+def test_a_nonlinearity_between_block_and_sum_is_refused() -> None:
+    block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    ends, why = reading(BentSum(block), "blocks.0")
+    assert ends == []
+    assert "neither the block nor the forward of BentSum" in why

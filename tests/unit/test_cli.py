@@ -347,3 +347,14 @@ def test_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("rules=mup  params=6")
+
+
+def test_the_base_differs_in_what_is_named_alone(
+    lightning_mup: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "narrow", raising=False)
+    source = "from torch import nn\n\n\ndef net(width=8, out=2):\n    return nn.Linear(width, out)\n"
+    (tmp_path / "narrow.py").write_text(source)
+    code, out, _ = lightning_mup(*("plan", "narrow:net", "--base", "width=16", "--set", "width=64", "out=5", "--json"))
+    row = json.loads(out)["params"][0]
+    assert (code, row["fan_in"], row["fan_out"]) == (0, "64/16", "5/5")

@@ -1,9 +1,11 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from lightning_mup import cli
 from lightning_mup.cli import main
+from lightning_mup.core.method import all_methods
 
 Result = Callable[..., tuple[int, str, str]]
 
@@ -68,3 +70,13 @@ def test_list_names_rules_and_methods(lightning_mup: Result) -> None:
     assert code == 0
     assert {"rules", "mup", "complete_p", "methods", "adam", "muon"} <= set(words)
     assert "arXiv:2203.03466" in out
+
+
+@pytest.mark.parametrize(("wrong", "code"), [({}, 0), ({"weight_degree": 0}, 1)])
+def test_a_declaration_of_another_weight_degree_differs(
+    wrong: dict[str, int], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = replace(all_methods()["adafactor"], **wrong)
+    monkeypatch.setattr(cli, "all_methods", lambda: {"adafactor": declared})
+    assert cli.main(["measure", "torch.optim:Adafactor"]) == code
+    assert ("DIFFERS" if code else "agrees") in capsys.readouterr().out

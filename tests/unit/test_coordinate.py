@@ -24,6 +24,7 @@ from lightning_mup.analysis.plots import plot_coordinates
 from lightning_mup.analysis.updates import Yardstick, as_matrices, spectral_norm
 from lightning_mup.core.base import Base
 from lightning_mup.core.infer import infer
+from lightning_mup.core.plan import ParamPlan
 from lightning_mup.core.rules import find_rules
 from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.core.spec import Dim, ParamSpec, Role
@@ -228,3 +229,34 @@ def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning_mup\[plots\]'"):
         plot_coordinates({"mup": report(0.0)}, tmp_path / "check.png")
+
+
+def test_the_interval_is_students() -> None:
+    records = planted(0.3, noise=0.1)
+    (found,) = fit_slopes(records).slopes
+    x, y = (
+        torch.tensor([math.log(v) for v in values]).double() for values in zip(*((r.size, r.value) for r in records), strict=True)
+    )
+    x, y = x - x.mean(), y - y.mean()
+    error = ((y - found.slope * x).square().sum() / (len(records) - 2) / x.square().sum()).sqrt()
+    margin = 2.228139 * float(error)  # Student's t, two-sided 95%, 10 degrees of freedom
+    assert (found.low, found.high) == pytest.approx((found.slope - margin, found.slope + margin), rel=1e-5)
+
+
+def test_divergence_is_told_before_what_is_missing() -> None:
+    records = [r for r in replace_values(planted(0.0, layer="late"), {512: math.inf}) if r.size > 64]
+    report = fit_slopes(planted(0.0) + records)
+    assert [(s.layer, s.note) for s in report.failed] == [("late", "not finite at 512")]
+
+
+def test_roles_are_read_off_the_largest_size() -> None:
+    """At the smallest, nothing grows, so that each matrix counts as hidden."""
+    records = [Coordinate(n, 0, 1, "output", "fc", 1.0, "hidden" if n == 64 else "output") for n in WIDTHS]
+    assert [s.group for s in fit_slopes(records).slopes] == ["output"]
+
+
+def test_the_depth_rules_own_power_is_no_fault() -> None:
+    """Under 1/sqrt(L) branches each weight moves by 1/sqrt(L), too."""
+    of = ParamSpec("w", Role.HIDDEN, (64, 64), Dim(64, 16), Dim(64, 16), Dim(8, 2))
+    assert Yardstick.of(ParamPlan(of), find_rules("depth_mup")).update == 0.5
+    assert Yardstick.of(ParamPlan(of), find_rules("complete_p")).update == 1.0

@@ -145,3 +145,57 @@ def test_state_dicts_keep_the_multipliers(optimizer: Optimizer) -> None:
     fresh.load_state_dict(optimizer.state_dict())
     check_groups(fresh)
     assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in optimizer.param_groups]
+
+
+def linear(sizes: dict[str, tuple[int, int]]) -> nn.Module:
+    return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
+
+def split_between(model: nn.Module, base: nn.Module, make: Make) -> dict[str, dict[str, Any]]:
+    """The group of each parameter by name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    with GroupSplitter(Scaling.read(model, Base.of(base), "mup", Choices()), names) as splitter:
+        optimizer = make(model)
+    splitter.finish()
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_parameters_that_differ_in_their_decay_alone_are_split() -> None:
+    model, base = linear({"a": (64, 64), "b": (32, 32)}), linear({"a": (16, 16), "b": (16, 16)})
+    make = lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.01)  # noqa: E731
+    groups = split_between(model, base, make)
+    assert [groups[n]["lr_mult"] for n in ("a.weight", "b.weight")] == [1, 1]
+    assert [groups[n]["weight_decay"] for n in ("a.weight", "b.weight")] == pytest.approx([0.01 / 4, 0.01 / 2])
+
+
+def test_parameters_that_differ_in_their_epsilon_alone_are_split() -> None:
+    model, base = linear({"a": (64, 64), "b": (64, 32)}), linear({"a": (16, 16), "b": (16, 16)})
+    make = lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, eps=1e-6)  # noqa: E731
+    groups = split_between(model, base, make)
+    assert [groups[n]["lr_mult"] for n in ("a.weight", "b.weight")] == [1 / 4, 1 / 4]
+    assert [groups[n]["eps"] for n in ("a.weight", "b.weight")] == pytest.approx([1e-6 / 4, 1e-6 / 2])
+
+
+def test_a_rate_by_hand_where_all_groups_stand_at_one_multiple() -> None:
+    optimizer = split(lambda model: torch.optim.Adam([model[1].weight], lr=0.1))
+    (group,) = optimizer.param_groups
+    group["lr"] = 0.05 * group["lr_mult"]
+    check_groups(optimizer)
+    assert group["lr_at_base"] == pytest.approx(0.05)
+
+
+def test_rates_by_hand_may_be_rounded(optimizer: Optimizer) -> None:
+    for group, rounding in zip(optimizer.param_groups, (1, 1 + 1e-7, 1 - 1e-7, 1 + 1e-7, 1), strict=True):
+        group["lr"] = 0.03 * group["lr_mult"] * rounding
+    check_groups(optimizer)
+    assert [g["lr_at_base"] for g in optimizer.param_groups] == pytest.approx([0.03] * 5, rel=1e-6)
+
+
+def test_one_freed_parameter_of_a_frozen_group_is_enough() -> None:
+    model = net(64)
+    model[0].requires_grad_(False)
+    optimizer = split(adam, model)
+    check_groups(optimizer)
+    model[0].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'frozen' of Adam was frozen when the plan was made and now trains"):
+        check_groups(optimizer)

@@ -274,3 +274,54 @@ def test_wrappers_do_not_change_names() -> None:
         assert read(model, mlp(8)) == plain
         assert [names[0] for names, _ in shared_names(model)] == list(plain)
     assert read(mlp(16), nn.DataParallel(mlp(8))) == plain
+
+
+def test_one_number_here_and_several_in_the_base_are_a_vector() -> None:
+    (spec,) = read(Bare(1), Bare(4)).values()
+    assert facts(spec) == ("vector", "1/4", "1/1", 1)
+
+
+def test_a_wider_model_of_another_kind_tells_nothing() -> None:
+    (spec,) = read(nn.Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False), wider=nn.Conv1d(8, 6, 1)).values()
+    assert (spec.role, spec.certain) == (Role.HIDDEN, False)
+
+
+class Part(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+
+def parts(name: str, count: int, make: Callable[[], nn.Module]) -> nn.Module:
+    made = nn.Module()
+    made.add_module(name, nn.ModuleList([Part(make()) for _ in range(count)]))
+    return made
+
+
+def test_tables_of_heads_that_grow_in_number_are_embeddings() -> None:
+    """What is looked up is not joined with its siblings' rows."""
+    found = read(parts("heads", 4, lambda: nn.Embedding(9, 8)), parts("heads", 2, lambda: nn.Embedding(9, 4)))
+    assert {facts(spec) for spec in found.values()} == {("input", "8/4", "9/9", 1)}
+
+
+def test_experts_that_grow_in_number_are_matrices_of_their_own() -> None:
+    found = read(
+        parts("experts", 4, lambda: nn.Linear(8, 3, bias=False)),
+        parts("experts", 2, lambda: nn.Linear(4, 3, bias=False)),
+    )
+    assert {facts(spec) for spec in found.values()} == {("output", "3/3", "8/4", 1)}
+
+
+@pytest.mark.parametrize(("cell", "count"), [(nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)])
+def test_cells_have_a_matrix_per_gate(cell: Callable[..., nn.Module], count: int) -> None:
+    found = read(meta(lambda: cell(3, 8, bias=False)), meta(lambda: cell(3, 4, bias=False)))
+    assert facts(found["weight_ih"]) == ("input", "8/4", "3/3", count)
+    assert facts(found["weight_hh"]) == ("hidden", "8/4", "8/4", count)
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_what_is_looked_up_sums_over_nothing_however_long_it_is(table: Callable[..., nn.Module]) -> None:
+    model, base = table(18, 8), table(9, 4)
+    for roles in (None, {"weight": "input"}, {"weight": Layout("input")}, {"weight": Layout(split=2)}):
+        (spec,) = read(model, base, roles=roles).values()
+        assert (spec.role, str(spec.fan_in)) == (Role.INPUT, "18/18")

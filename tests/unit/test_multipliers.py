@@ -143,3 +143,12 @@ def test_silence_is_heard_where_gradients_are() -> None:
 def test_only_the_first_of_several_outputs_is_multiplied() -> None:
     one, two = ForwardMultiplier(0.5)(nn.Identity(), (), (torch.ones(1), torch.ones(1)))
     assert (one.item(), two.item()) == (0.5, 1.0)
+
+
+def test_only_the_first_of_several_inputs_is_multiplied() -> None:
+    (one, two), kwargs = InputMultiplier(0.5)(nn.Identity(), (torch.ones(1), torch.ones(1)), {"size": 3})
+    assert (one.item(), two.item(), kwargs) == (0.5, 1.0, {"size": 3})
+    model, x = nn.ConvTranspose1d(3, 2, 3, stride=2), torch.randn(1, 3, 5)
+    want = multiplied(model, weight=0.5)(x, [12])
+    install(model, rows(model, weight=0.5))
+    assert torch.allclose(model(x, [12]), want, atol=1e-6)

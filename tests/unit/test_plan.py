@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_mup import Choices, Layout, Plan, Power, plan
+from lightning_mup import Base, Choices, Layout, Plan, Power, plan
+from lightning_mup.core.scaling import Scaling
 from tests.models import MLP, ResidualMLP, TransformerLM
 
 
@@ -185,3 +187,65 @@ def test_experts_are_matrices_of_their_own() -> None:
     choices = Choices(roles={"up": Layout(stack=(0,), fan_in=(1,), fan_out=(2,))})
     found = plan(Experts(64, 8), lambda: Experts(16, 4), choices=choices)["up"]
     assert (found.spec.stack, found.spec.role.value, found.lr) == (8, "hidden", 0.25)
+
+
+def test_reasons_are_no_part_of_the_fingerprint() -> None:
+    said = made(Choices(roles={"net.2.weight": "hidden"}))
+    assert (said["net.2.weight"].spec.why, made()["net.2.weight"].spec.why) == ("roles", "Linear")
+    assert said.digest() == made().digest()
+    assert said.diff(made().rows()) == []
+
+
+class OwnNorm(nn.Module):
+    """Multiplies by 1 + weight, which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+
+class NormLast(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.fc(x))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm])
+def test_gains_that_start_at_zero_and_end_a_branch(norm: type[nn.Module]) -> None:
+    """torch's norms multiply by the gain itself (as ResNets with zero-init-residual have it); others may add 1."""
+
+    def model(depth: int) -> nn.Module:
+        parts = [NormLast(nn.LayerNorm(4) if norm is nn.LayerNorm else OwnNorm()) for _ in range(depth)]
+        for part in parts:
+            nn.init.zeros_(part.norm.weight)
+        made = nn.Module()
+        made.blocks = nn.ModuleList(parts)
+        return made
+
+    def read(how: Literal["fold", "hook"]) -> Scaling:
+        choices = Choices(branches=["blocks.*.norm.weight"], multipliers=how)
+        return Scaling.read(model(4), Base.of(model(2)), "complete_p", choices)
+
+    assert read("hook").specs
+    if norm is nn.LayerNorm:
+        (gain,) = [spec for spec in read("fold").specs if spec.name == "blocks.0.norm.weight"]
+        assert read("fold").multiplier(gain) == 0.5
+    else:
+        with pytest.raises(ValueError, match=r"'blocks\.0\.norm\.weight' of a .* starts at 0.*multipliers='hook'"):
+            read("fold")
+
+
+def test_a_foreign_gain_that_starts_at_one_takes_a_multiplier() -> None:
+    def model(depth: int) -> nn.Module:
+        made = nn.Module()
+        made.blocks = nn.ModuleList(NormLast(OwnNorm()) for _ in range(depth))
+        for block in made.blocks:
+            nn.init.ones_(block.norm.weight)
+        return made
+
+    choices = Choices(branches=["blocks.*.norm.weight"])
+    found = Scaling.read(model(4), Base.of(model(2)), "complete_p", choices)
+    assert {found.multiplier(s) for s in found.specs if s.branch} == {0.5}

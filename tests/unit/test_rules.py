@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,3 +144,106 @@ def test_own_rules_compose() -> None:
     product = find_rules([mine, Rules("deep", depth_rows(0.75), reference="a test")])
     assert product.rows[Role.HIDDEN].update_norm == Power(fan_in=-1, depth=-0.25)
     assert product.uses_depth
+
+
+@pytest.mark.parametrize(
+    ("method", "eps", "lr", "decay"),
+    [
+        # A hidden matrix of 4 times the inputs and 16 times the outputs: gradient 1/16, weight 1/2, decay 1/4 per step.
+        ("sgd", {}, 4, 1 / 16),
+        ("adam", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("adamw", {"eps": 1 / 16}, 1 / 4, 1),
+        ("nadam", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("radam", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("adamax", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("rmsprop", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("adagrad", {"eps": 1 / 16}, 1 / 4, 1 / 8),
+        ("adafactor", {"eps": (1 / 16, 1 / 2)}, 1 / 2, 1 / 2),
+        ("muon", {"eps": 1 / 2}, 1, 1 / 4),  # its own factor has doubled
+    ],
+)
+def test_every_method_under_mup(method: str, eps: dict[str, object], lr: float, decay: float) -> None:
+    made = planned("mup", method, spec(Role.HIDDEN, 4, 16))
+    assert dict(made.eps) == eps
+    assert (made.lr, made.group_weight_decay) == pytest.approx((lr, decay), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["adam", "adamw"])
+def test_epsilon_falls_with_the_root_of_the_batch(method: str) -> None:
+    assert planned("mup", method, spec(Role.HIDDEN, 1, 1), Choices(batch=(64, 16))).eps["eps"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam", "adamw", "rmsprop"])
+def test_mean_field_treats_vectors_as_mup_does(method: str) -> None:
+    ours, theirs = (planned(rules, method, spec(Role.VECTOR, 1, 4)) for rules in ("mup", "mean_field"))
+    assert (
+        (theirs.init, theirs.lr, theirs.weight_decay) == (ours.init, ours.lr, ours.weight_decay) == (1, ours.lr, 0.25)
+    )
+    assert (theirs.group_weight_decay, dict(theirs.eps)) == (ours.group_weight_decay, dict(ours.eps))
+
+
+@pytest.mark.parametrize(
+    ("rules", "factor"), [("mup", 1 / 4), ("mean_field", 1 / 4), ("ntk", 1 / 2), ("sp", 1), ("sp_per_layer", 1)]
+)
+def test_tied_readouts(rules: str, factor: float) -> None:
+    of = replace(spec(Role.INPUT, 1, 4), readout=("head",))
+    assert planned(rules, "adam", of).readout == factor
+    assert planned(rules, "adam", spec(Role.INPUT, 1, 4)).readout == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "eps"), [(Role.INPUT, 1 / 2), (Role.HIDDEN, 1 / 2), (Role.OUTPUT, 1), (Role.VECTOR, 1 / 2)]
+)
+def test_epsilon_of_rates_per_layer_follows_larger_gradients(role: Role, eps: float) -> None:
+    # A readout of standard deviation fan_in^-1/2 sends back gradients of fan_out^-1/2 rather than 1/fan_out.
+    assert planned("sp_per_layer", "adam", spec(role, 4, 4)).eps["eps"] == eps
+
+
+@pytest.mark.parametrize("method", ["adam", "nadam", "radam"])
+def test_decay_that_a_setting_decouples_is_independent_too(method: str) -> None:
+    of = spec(Role.HIDDEN, 4, 16)
+    scaling = Scaling((of,), find_rules("mup"), Choices(), {}, {})
+    made = scaling.param(of, all_methods()[method], {"eps": 1e-8, "decoupled_weight_decay": True})
+    assert made.lr * made.group_weight_decay == pytest.approx(made.weight_decay) == 1 / 4
+
+
+@pytest.mark.parametrize("rules", ["ntk", "mean_field"])
+def test_folding_is_training_the_bare_weight_under_a_hook(rules: str) -> None:
+    """With W = a w the gradient of W is 1/a times that of w, and so must be epsilon and the L2 term's, over a."""
+    of = spec(Role.HIDDEN, 4, 4)
+    hooked = planned(rules, "adam", of, Choices(multipliers="hook"))
+    folded = planned(rules, "adam", of)
+    a = hooked.forward
+    assert (a, hooked.folded, folded.forward, folded.folded) == (0.5, 1, 1, 0.5)
+    assert folded.init == a * hooked.init
+    assert folded.lr == a * hooked.lr
+    assert folded.eps["eps"] == hooked.eps["eps"] / a
+    assert folded.group_weight_decay == hooked.group_weight_decay / a**2
+
+
+@pytest.mark.parametrize("settings", [{"eps": 1.0}, {"eps": 1.0, "adjust_lr_fn": "match_rms_adamw"}])
+def test_own_factors_see_fused_matrices_whole(settings: dict[str, object]) -> None:
+    """torch's Muon looks at the tensor's shape, [3 fan_out, fan_in]."""
+    of = ParamSpec("w", Role.HIDDEN, (96, 64), Dim(64, 16), Dim(32, 32), split=3)  # 96 x 64, at the base 96 x 16
+    made = Scaling((of,), find_rules("mup"), Choices(), {}, {}).param(of, all_methods()["muon"], settings)
+    wanted = 4**-0.5  # sqrt(fan_out/fan_in)
+    before = 1 if "adjust_lr_fn" in settings else (96 / 16) ** 0.5 / (96 / 64) ** 0.5  # base's factor over this one's
+    assert made.lr == pytest.approx(wanted * before)
+
+
+def test_settings_that_are_off_have_no_factor() -> None:
+    of = spec(Role.HIDDEN, 4, 4)
+    scaling = Scaling((of,), find_rules("mup"), Choices(), {}, {})
+    assert dict(scaling.param(of, all_methods()["adam"], {"eps": None}).eps) == {}
+    assert dict(scaling.param(of, all_methods()["adam"], {}).eps) == {}
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_mean_field_is_mup_in_function_space_for_every_method(method: str) -> None:
+    of = spec(Role.HIDDEN, 4, 16)
+    ours, theirs = planned("mup", method, of), planned("mean_field", method, of)
+    assert theirs.folded == 0.5
+    assert theirs.lr == pytest.approx(ours.lr, rel=1e-12)
+    assert theirs.init == pytest.approx(ours.init, rel=1e-12)
+    assert theirs.group_weight_decay == pytest.approx(ours.group_weight_decay, rel=1e-12)
+    assert dict(theirs.eps) == {key: pytest.approx(value, rel=1e-12) for key, value in ours.eps.items()}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from lightning_mup.core.schedules import multiply, rates_at_base, schedule_at_base
+from lightning_mup.core.schedules import multiply, per_given_group, rates_at_base, schedule_at_base
 
 
 def optimizer_of(*mults: float, lr: float | torch.Tensor = 0.1) -> Optimizer:
@@ -90,3 +90,9 @@ def test_schedulers_can_be_copied(copied: object) -> None:
     assert isinstance(other, CosineAnnealingLR)
     assert rates(other.optimizer) == rates(scheduler.optimizer)
     assert type(scheduler).__name__ == "CosineAnnealingLR"
+
+
+def test_lists_for_optimizers_that_were_not_split_stay_as_they_are() -> None:
+    scheduler = object.__new__(LambdaLR)
+    per_given_group(LambdaLR.__init__, ["lr_lambda"])(scheduler, optimizer_of(1.0, 1.0), [lambda s: 1.0, lambda s: 0.5])
+    assert scheduler.get_last_lr() == [0.1, 0.05]

@@ -1,0 +1,85 @@
+"""Cut matrices into blocks, each with a preconditioner of its own.
+
+Shapes: N matrices, O rows, I columns; B blocks per matrix, of P rows and Q columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Blocking:
+    """How matrices of one shape are cut.
+
+    A side longer than ``max_dim`` is not preconditioned and not cut. A side that is really cut has its last block
+    padded with zeros, which stay zeros in everything that is linear in the block.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        block_size: largest side of a block (>= 1); None cuts nothing.
+        max_dim: longest side that is preconditioned; None for no limit.
+
+    Raises:
+        ValueError: a size is not positive.
+
+    Examples:
+        >>> blocking = Blocking(5, 3, block_size=2)
+        >>> x = torch.arange(15.0).view(1, 5, 3)
+        >>> blocking.cut(x).shape, torch.equal(blocking.merge(blocking.cut(x)), x)
+        (torch.Size([1, 6, 2, 2]), True)
+
+    Reference:
+        Anil et al. 2020 (arXiv:2002.09018), section 4; arXiv:2512.05620, section 3.1.
+    """
+
+    rows: int
+    columns: int
+    block_size: int | None = None
+    max_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be 1 or more, got {self.block_size}; None cuts nothing")
+        if self.max_dim is not None and self.max_dim < 1:
+            raise ValueError(f"max_dim must be 1 or more, got {self.max_dim}; None is no limit")
+
+    @property
+    def active_out(self) -> bool:
+        """Whether the output side (rows) is preconditioned."""
+        return self.max_dim is None or self.rows <= self.max_dim
+
+    @property
+    def active_in(self) -> bool:
+        """Whether the input side (columns) is preconditioned."""
+        return self.max_dim is None or self.columns <= self.max_dim
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self._side(self.rows, self.active_out), self._side(self.columns, self.active_in)
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """Number of blocks along rows and columns."""
+        return math.ceil(self.rows / self.block[0]), math.ceil(self.columns / self.block[1])
+
+    def cut(self, x_NOI: torch.Tensor) -> torch.Tensor:
+        """Return the blocks [N, B, P, Q], rows of blocks outer, columns inner."""
+        (p, q), (a, b) = self.block, self.count
+        padded = F.pad(x_NOI, (0, b * q - self.columns, 0, a * p - self.rows))
+        return padded.reshape(-1, a, p, b, q).transpose(2, 3).flatten(1, 2)
+
+    def merge(self, x_NBPQ: torch.Tensor) -> torch.Tensor:
+        """Put blocks together again and crop the padding."""
+        (p, q), (a, b) = self.block, self.count
+        whole = x_NBPQ.reshape(-1, a, b, p, q).transpose(2, 3).reshape(-1, a * p, b * q)
+        return whole[:, : self.rows, : self.columns]
+
+    def _side(self, size: int, active: bool) -> int:
+        return size if self.block_size is None or not active else min(size, self.block_size)

@@ -1,0 +1,89 @@
+"""The Transform protocol: stacks of same-shape matrices in, stacks out; and how transforms are chained.
+
+Shapes: N matrices of a stack, O outputs (rows), I inputs (columns), as torch lays out a Linear weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a transform may know beside its input and state.
+
+    Args:
+        step: number of the update, from 1.
+    """
+
+    step: int
+
+
+class Transform(Protocol):
+    """One step of an optimizer on a stack of matrices.
+
+    What every transform promises: it writes only into the tensors that it made in ``init``; a stack of three gives
+    what three stacks of one give; the same input and state give the same output.
+    """
+
+    name: str
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return the state for a stack; every tensor has the leading axis N."""
+        ...
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return the transformed stack, which the caller may overwrite, and advance the state in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Transforms one after the other; each one's state is found under its own name."""
+
+    transforms: tuple[Transform, ...]
+    name: str = "chain"
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return all transforms' states, keyed ``transform/key``."""
+        return {f"{t.name}/{key}": value for t in self.transforms for key, value in t.init(param_NOI).items()}
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Apply the transforms in order."""
+        for transform in self.transforms:
+            u_NOI = transform.update(u_NOI, part(state, transform.name), ctx)
+        return u_NOI
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Return the transforms one after the other.
+
+    Raises:
+        ValueError: two have one name, so that their states would collide.
+
+    Examples:
+        >>> from lightning_mup.transforms.momentum import Momentum
+        >>> from lightning_mup.transforms.orthogonalize import Orthogonalize
+        >>> muon = chain(Momentum(0.95, nesterov=True), Orthogonalize())
+        >>> sorted(muon.init(torch.zeros(3, 4, 2)))
+        ['momentum/ema']
+    """
+    names = [t.name for t in transforms]
+    if len(set(names)) != len(names):
+        raise ValueError(f"transforms of a chain need different names, got {names}; give one of them name=...")
+    return Chain(tuple(transforms))
+
+
+def part(state: State, name: str) -> State:
+    """Return the entries of a state that belong to one transform, without its name in front.
+
+    Examples:
+        >>> part({"momentum/ema": torch.zeros(1), "adam/v": torch.zeros(1)}, "momentum")
+        {'ema': tensor([0.])}
+    """
+    return {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}/")}

@@ -1,0 +1,52 @@
+"""Adam's direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_mup.core.transform import Context, State
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """``m_hat / (sqrt(v_hat) + eps)``, both averages bias-corrected.
+
+    Args:
+        betas: decay rates of the gradients' and their squares' averages, each in [0, 1).
+        eps: added to ``sqrt(v_hat)`` (>= 0).
+        name: key of the state.
+
+    Raises:
+        ValueError: a beta or eps is out of range.
+
+    Examples:
+        >>> adam = Adam((0.0, 0.0), eps=0.0)
+        >>> g = torch.tensor([[[3.0, -2.0]]])
+        >>> adam.update(g, adam.init(g), Context(step=1))
+        tensor([[[ 1., -1.]]])
+
+    Reference:
+        Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    name: str = "adam"
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps < 0:
+            raise ValueError(f"betas must be in [0, 1) and eps >= 0, got betas={self.betas}, eps={self.eps}")
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return both averages, zero."""
+        return {"m": torch.zeros_like(param_NOI), "v": torch.zeros_like(param_NOI)}
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return Adam's direction."""
+        (beta1, beta2), t = self.betas, ctx.step
+        m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
+        v_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2)
+        root_NOI = (v_NOI / (1 - beta2**t)).sqrt_().add_(self.eps)
+        return (m_NOI / (1 - beta1**t)).div_(root_NOI)

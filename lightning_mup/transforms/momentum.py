@@ -1,0 +1,52 @@
+"""An exponential average of the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_mup.core.transform import Context, State
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """``m <- beta m + (1 - beta) g``.
+
+    Args:
+        beta: decay rate, in [0, 1).
+        debias: whether to divide by ``1 - beta^t`` (SGD and Adam do, Muon does not).
+        nesterov: whether to return ``beta m + (1 - beta) g``, with the new m.
+        name: key of the state.
+
+    Raises:
+        ValueError: ``beta`` is out of range.
+
+    Examples:
+        >>> momentum = Momentum(0.9, debias=True)
+        >>> g = torch.ones(1, 2, 2)
+        >>> torch.equal(momentum.update(g, momentum.init(g), Context(step=1)), g)
+        True
+
+    Reference:
+        arXiv:2512.05620, equations 28 and App. B.4; the authors' code mixes Nesterov's way.
+    """
+
+    beta: float = 0.9
+    debias: bool = False
+    nesterov: bool = False
+    name: str = "momentum"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {self.beta}; 0 is no momentum")
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return the average, zero."""
+        return {"ema": torch.zeros_like(param_NOI)}
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return the average."""
+        ema_NOI = state["ema"].lerp_(u_NOI, 1 - self.beta)
+        mixed_NOI = ema_NOI.lerp(u_NOI, 1 - self.beta) if self.nesterov else ema_NOI.clone()
+        return mixed_NOI.div_(1 - self.beta**ctx.step) if self.debias else mixed_NOI

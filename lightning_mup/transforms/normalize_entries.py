@@ -1,0 +1,51 @@
+"""Each entry over its running root mean square, after orthogonalization: what AdaMuon adds to Muon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_mup.core.transform import Context, State
+
+_ALIGN_EPS = 1e-10  # as in the authors' code
+
+
+@dataclass(frozen=True, slots=True)
+class NormalizeEntries:
+    """``u / (sqrt(v / (1 - beta^t)) + eps)`` with ``v = EMA(u^2)``, optionally brought to a fixed RMS.
+
+    Args:
+        beta: decay rate of the squares' average, in [0, 1).
+        eps: added to the root (>= 0).
+        rms: root mean square to which each matrix is brought afterwards; None leaves it.
+        name: key of the state.
+
+    Examples:
+        >>> normalize = NormalizeEntries(beta=0.0, eps=0.0)
+        >>> u = torch.tensor([[[3.0, -2.0]]])
+        >>> normalize.update(u, normalize.init(u), Context(step=1))
+        tensor([[[ 1., -1.]]])
+
+    Reference:
+        Si et al. 2025 (AdaMuon, arXiv:2507.11005); arXiv:2512.05620, App. B.5.
+    """
+
+    beta: float = 0.95
+    eps: float = 1e-8
+    rms: float | None = None
+    name: str = "normalize_entries"
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return the squares' average, zero."""
+        return {"v": torch.zeros_like(param_NOI)}
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return the normalized stack."""
+        v_NOI = state["v"].mul_(self.beta).addcmul_(u_NOI, u_NOI, value=1 - self.beta)
+        out_NOI = u_NOI / (v_NOI / (1 - self.beta**ctx.step)).sqrt_().add_(self.eps)
+        if self.rms is None:
+            return out_NOI
+        size = self.rms * (out_NOI.shape[-2] * out_NOI.shape[-1]) ** 0.5
+        norm_N11 = torch.linalg.matrix_norm(out_NOI, keepdim=True)
+        return out_NOI.mul_(size / (norm_N11 + _ALIGN_EPS))

@@ -1,0 +1,125 @@
+"""Shampoo: powers of the row and column second moments on either side of the momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_mup.core.blocking import Blocking
+from lightning_mup.core.linalg import inverse_root
+from lightning_mup.core.transform import Context, State
+
+
+@dataclass(frozen=True, slots=True)
+class Shampoo:
+    """``out_root m_hat in_root``, block by block, with ``root = (factor_hat + ridge I)^-exponent``.
+
+    ``factor_in`` averages ``g^T g`` and ``factor_out`` ``g g^T``, both from ``start I`` and bias-corrected; the roots
+    are renewed at steps 1, 1 + every, 1 + 2 every, ... after the step's gradient has been taken in.
+
+    Args:
+        betas: decay rates of the momentum and of the factors, each in [0, 1).
+        exponent: inverse exponent of each active side (> 0; 1/4 is Shampoo, 1/2 its square).
+        matrix_eps: the ridge, absolute or in units of the factor's largest eigenvalue.
+        relative_matrix_eps: whether the ridge is relative.
+        start: multiple of the identity that the factors start at; None is ``matrix_eps``.
+        every: number of steps between renewals (>= 1).
+        root: eigendecomposition, or the coupled Newton iteration.
+        block_size: largest side of a block; None cuts nothing.
+        max_dim: a longer side is not preconditioned; None for no limit.
+        name: key of the state.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Examples:
+        >>> shampoo = Shampoo((0.0, 0.0), matrix_eps=1e-12)
+        >>> g = torch.diag(torch.tensor([4.0, 0.25])).double()[None]
+        >>> shampoo.update(g, shampoo.init(g), Context(step=1)).round(decimals=4)  # the orthogonal factor
+        tensor([[[1., 0.],
+                 [0., 1.]]], dtype=torch.float64)
+
+    Reference:
+        Gupta et al. 2018 (arXiv:1802.09568); arXiv:2512.05620, equations 13 to 17.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    exponent: float = 0.25
+    matrix_eps: float = 1e-6
+    relative_matrix_eps: bool = False
+    start: float | None = None
+    every: int = 10
+    root: Literal["eigh", "newton"] = "eigh"
+    block_size: int | None = None
+    max_dim: int | None = None
+    name: str = "shampoo"
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.exponent <= 0 or self.matrix_eps < 0:
+            raise ValueError(
+                f"every must be >= 1, exponent > 0 and matrix_eps >= 0, got {self.every}, {self.exponent}, "
+                f"{self.matrix_eps}"
+            )
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return momentum, factors and roots of the active sides."""
+        blocking = self._blocking(param_NOI)
+        number = blocking.count[0] * blocking.count[1]
+        state = {"ema": torch.zeros_like(param_NOI)}
+        for side, size in _sides(blocking):
+            eye = torch.eye(size, dtype=param_NOI.dtype, device=param_NOI.device).repeat(len(param_NOI), number, 1, 1)
+            state[f"root_{side}"] = eye
+            state[f"factor_{side}"] = eye * (self.matrix_eps if self.start is None else self.start)
+        return state
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return the preconditioned momentum."""
+        blocking = self._blocking(u_NOI)
+        g_NBPQ = blocking.cut(u_NOI)
+        sides = [side for side, _ in _sides(blocking)]
+        for side in sides:
+            add_second_moment(state[f"factor_{side}"], g_NBPQ, side, self.betas[1])
+            if (ctx.step - 1) % self.every == 0:
+                state[f"root_{side}"].copy_(self._root(state[f"factor_{side}"], ctx.step))
+        m_NOI = state["ema"].lerp_(u_NOI, 1 - self.betas[0]) / (1 - self.betas[0] ** ctx.step)
+        out_NBPQ = blocking.cut(m_NOI)
+        if "out" in sides:
+            out_NBPQ = state["root_out"] @ out_NBPQ
+        if "in" in sides:
+            out_NBPQ = out_NBPQ @ state["root_in"]
+        return blocking.merge(out_NBPQ)
+
+    def _root(self, factor_NBDD: torch.Tensor, step: int) -> torch.Tensor:
+        corrected = (factor_NBDD / (1 - self.betas[1] ** step)).flatten(0, 1)
+        root = inverse_root(
+            corrected, self.exponent, damping=self.matrix_eps, relative=self.relative_matrix_eps, method=self.root
+        )
+        return root.view_as(factor_NBDD)
+
+    def _blocking(self, x_NOI: torch.Tensor) -> Blocking:
+        return Blocking(x_NOI.shape[-2], x_NOI.shape[-1], self.block_size, self.max_dim)
+
+
+def add_second_moment(factor_NBDD: torch.Tensor, g_NBPQ: torch.Tensor, side: str, beta: float) -> None:
+    """Average ``g^T g`` (``"in"``) or ``g g^T`` (``"out"``) into a factor, in place.
+
+    Examples:
+        >>> factor = torch.zeros(1, 1, 1, 1)
+        >>> add_second_moment(factor, torch.ones(1, 1, 1, 3), "out", beta=0.5)
+        >>> factor.item()
+        1.5
+    """
+    g_BPQ = g_NBPQ.flatten(0, 1)
+    left, right = (g_BPQ.mT, g_BPQ) if side == "in" else (g_BPQ, g_BPQ.mT)
+    factor_NBDD.flatten(0, 1).baddbmm_(left, right, beta=beta, alpha=1 - beta)
+
+
+def _sides(blocking: Blocking) -> list[tuple[str, int]]:
+    (rows, columns), found = blocking.block, []
+    if blocking.active_in:
+        found.append(("in", columns))
+    if blocking.active_out:
+        found.append(("out", rows))
+    return found
