@@ -15,13 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mup.callbacks.companions import optimizers_in, refuse_companions, refuse_meta
-from lightning_mup.callbacks.mark import mark, unmarked
+from lightning_mup.callbacks.mark import mark, sizes, unmarked
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.callbacks.record import as_state, compare, compare_forward, log_plan
 from lightning_mup.core.base import Base, build_proxy, resolve_base
 from lightning_mup.core.groups import GroupSplitter, check_groups
 from lightning_mup.core.infer import RoleLike, shared_names
-from lightning_mup.core.initialize import Initialize, initialize, padding_rows
+from lightning_mup.core.initialize import Initialize, frozen_twins, initialize, padding_rows
 from lightning_mup.core.method import Method, all_methods, find_method
 from lightning_mup.core.multipliers import ForwardMultiplier, install, silent
 from lightning_mup.core.plan import ParamPlan, Plan
@@ -213,6 +213,8 @@ class Parametrize(Callback):
                 f"the base knows no initial values of {missing[:3]}; save it from a module that is not on the meta "
                 f"device, or give initialize='keep'"
             )
+        before = {} if meta else sizes(module, params)
+        twins = [] if meta else frozen_twins(module, params)
         initialize(
             {names[0]: p for names, p in shared_names(module) if names[0] in params},
             params,
@@ -221,7 +223,15 @@ class Parametrize(Callback):
             seed=self.seed,
             padding=padding_rows(module),
         )
-        mark(module, params)
+        for copy, frozen, name, original in twins:
+            if params[name].forward != 1 or params[name].readout != 1:
+                raise ValueError(
+                    f"{copy!r} is a frozen copy of {name!r}, whose forward multiplier "
+                    f"{params[name].forward * params[name].readout:.4g} is a hook that the copy lacks; use "
+                    f"multipliers='fold' and an untied readout, or make the copy after trainer.fit has set up"
+                )
+            frozen.data.copy_(original.data)
+        mark(module, params, before)
 
     def _configure_optimizers(self, module: LightningModule, original: Callable[[], Any]) -> Any:  # noqa: ANN401
         assert self._scaling is not None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +20,7 @@ from lightning_mup.core.scaling import Scaling
 from lightning_mup.core.schedules import (
     GIVEN,
     LR_AT_BASE,
+    LR_GIVEN,
     LR_MULT,
     PER_GROUP,
     Group,
@@ -82,6 +86,9 @@ class GroupSplitter:
     def finish(self) -> None:
         """Multiply the learning rates of all groups, and make the schedulers compute at the base."""
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if not isinstance(group["lr"], torch.Tensor):
+                    group[LR_GIVEN] = group.get("initial_lr", group["lr"])
             multiply(optimizer.param_groups)
         for scheduler in self.schedulers:
             schedule_at_base(scheduler)
@@ -152,6 +159,9 @@ class GroupSplitter:
         return self.params[name]
 
 
+_told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
 def check_groups(optimizer: Optimizer) -> None:
     """Check that every group still stands at its multiple of the rate at the base.
 
@@ -173,6 +183,13 @@ def check_groups(optimizer: Optimizer) -> None:
     known = [group for group in optimizer.param_groups if not isinstance(group["lr"], torch.Tensor)]
     if any(group["lr"] != group[LR_AT_BASE] * group[LR_MULT] for group in known):
         _take_over(known, type(optimizer).__name__)
+        if optimizer not in _told:
+            _told.add(optimizer)
+            warnings.warn(
+                f"the learning rates of {type(optimizer).__name__} were set outside of a torch scheduler; they are "
+                f"taken for rate * group['lr_mult'], so make sure that yours are",
+                stacklevel=2,
+            )
 
 
 def _check_group(group: Group, kind: str) -> None:
@@ -195,7 +212,7 @@ def _take_over(groups: list[Group], kind: str) -> None:
     torn = any(max(found) - min(found) > _TOLERANCE * max(found) for found in rates.values())
     was_flat = len({group[LR_AT_BASE] * group[LR_MULT] for group in groups}) == 1
     is_flat = len({group["lr"] for group in groups}) == 1 and groups[0]["lr"] != 0
-    if torn or (is_flat and not was_flat):
+    if torn or (is_flat and not was_flat) or _unmultiplied(groups):
         found = {group["name"]: group["lr"] for group in groups}
         raise ValueError(
             f"the learning rates of {kind} were set to {found} outside of a torch scheduler, which undoes the plan; "
@@ -203,6 +220,16 @@ def _take_over(groups: list[Group], kind: str) -> None:
         )
     for group in groups:
         group[LR_AT_BASE] = group["lr"] / group[LR_MULT]
+
+
+def _unmultiplied(groups: list[Group]) -> bool:
+    """Whether the rates are those that the user gave, times one factor, as if there were no multipliers."""
+    scaled = [group for group in groups if group.get(LR_GIVEN) and group["lr"]]
+    factors = [group["lr"] / group[LR_GIVEN] for group in scaled]
+    multipliers = {group[LR_MULT] for group in scaled}
+    if multipliers <= {1.0} or max(factors) > min(factors) * (1 + _TOLERANCE):
+        return False
+    return len(multipliers) > 1 or math.isclose(factors[0], 1.0)
 
 
 def _key(param: ParamPlan | None) -> tuple[object, ...]:

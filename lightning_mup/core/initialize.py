@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -60,6 +60,36 @@ def initialize(
                 _scale(parameter, param.init * measured[name].rms)
             else:
                 _draw(parameter, measured[name], param.init, f"{seed}/{name}", (padding or {}).get(name))
+
+
+def frozen_twins(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Parameter, str, nn.Parameter]]:
+    """Return frozen parameters that are copies of trainable ones: EMA teachers, target networks.
+
+    Returns:
+        Name and tensor of the copy, name and tensor of what it copies; constants (gains of 1) are left out.
+
+    Examples:
+        >>> net = nn.ModuleDict({"student": nn.Linear(4, 4), "teacher": nn.Linear(4, 4).requires_grad_(False)})
+        >>> _ = net["teacher"].load_state_dict(net["student"].state_dict())
+        >>> [(copy, of) for copy, _, of, _ in frozen_twins(net, ["student.weight"])]
+        [('teacher.weight', 'student.weight')]
+    """
+    named = {canonical(n): p for n, p in model.named_parameters()}
+    frozen = [(n, p) for n, p in named.items() if not p.requires_grad and not p.is_meta]
+    originals = [(n, named[n]) for n in names if frozen]
+    return [
+        (copy, p, name, original)
+        for copy, p in frozen
+        for name, original in originals
+        if p.shape == original.shape
+        and p.numel() > 1
+        and torch.equal(p, original)
+        and bool((p != p.flatten()[0]).any())
+    ]
+
+
+def _is_copy(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other) and not Measured.of(one).constant
 
 
 def padding_rows(model: nn.Module) -> dict[str, int]:

@@ -24,6 +24,8 @@ from torch.optim.swa_utils import SWALR
 Group = dict[str, Any]
 LR_AT_BASE = "lr_at_base"
 LR_MULT = "lr_mult"
+LR_GIVEN = "lr_given"
+"""Key of a parameter group that holds the rate that the user gave, at the base, before any schedule."""
 GIVEN = "given_group"
 """Key of a parameter group that holds the number of the user's group that it was split off."""
 

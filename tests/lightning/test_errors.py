@@ -231,6 +231,7 @@ def test_rates_flattened_by_hand(lr: float) -> None:
     assert_says(message, "Adam", "'hidden x0.25': 0.05", r"rate \* group\['lr_mult'\]")
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 @pytest.mark.parametrize(("rates", "want"), [(proportional, 0.05), (halved, 0.1 / 4)])
 def test_rates_moved_in_proportion_by_hand(rates: Any, want: float) -> None:
     ran = trainer(Parametrize(lambda: Net(16)))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mup import Base, Parametrize
@@ -227,3 +229,42 @@ def test_compiled_parts_are_initialized_alike() -> None:
     for module in (plain, compiled):
         trainer(Parametrize(BASE), steps=2).fit(module)
     assert same(plain, compiled)
+
+
+class Teacher(Net):
+    """Trains beside a frozen copy of itself, as mean teachers and target networks do."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__(width)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+
+def test_frozen_copies_follow_what_they_copy() -> None:
+    module = Teacher()
+    seen: dict[str, bool] = {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pairs = zip(pl_module.net.parameters(), pl_module.teacher.parameters(), strict=True)
+            seen["equal"] = all(torch.equal(a, b) for a, b in pairs if a.ndim == 2)
+
+    trainer(Parametrize(lambda: Teacher(16)), Look()).fit(module)
+    assert seen == {"equal": True}
+
+
+def test_a_frozen_copy_without_its_hook_is_refused() -> None:
+    run = lambda: trainer(Parametrize(lambda: Teacher(16), rules="ntk", multipliers="hook")).fit(Teacher())  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"is a frozen copy of .*, whose forward multiplier .* is a hook that the copy"
+    ):
+        run()
+
+
+def test_former_values_are_initialized_again() -> None:
+    module = Net(64)
+    former = copy.deepcopy(module.state_dict())
+    first = started(Parametrize(lambda: Net(16)), module)
+    module.load_state_dict(former)
+    again = started(Parametrize(lambda: Net(16)), module)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(former["net.2.weight"], first["net.2.weight"])

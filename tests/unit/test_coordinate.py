@@ -234,9 +234,8 @@ def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.
 def test_the_interval_is_students() -> None:
     records = planted(0.3, noise=0.1)
     (found,) = fit_slopes(records).slopes
-    x, y = (
-        torch.tensor([math.log(v) for v in values]).double() for values in zip(*((r.size, r.value) for r in records), strict=True)
-    )
+    points = zip(*((r.size, r.value) for r in records), strict=True)
+    x, y = (torch.tensor([math.log(v) for v in values]).double() for values in points)
     x, y = x - x.mean(), y - y.mean()
     error = ((y - found.slope * x).square().sum() / (len(records) - 2) / x.square().sum()).sqrt()
     margin = 2.228139 * float(error)  # Student's t, two-sided 95%, 10 degrees of freedom

@@ -99,6 +99,7 @@ def optimizer() -> Iterator[Optimizer]:
     return made
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 def test_any_factor_by_hand_is_taken_over(optimizer: Optimizer) -> None:
     for factor in (0.5, 1e-9, 7.0):
         for group in optimizer.param_groups:
@@ -107,6 +108,7 @@ def test_any_factor_by_hand_is_taken_over(optimizer: Optimizer) -> None:
     assert {round(group["lr_at_base"] / (0.1 * 3.5e-9), 9) for group in optimizer.param_groups} == {1.0}
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 def test_users_groups_may_move_apart(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = (0.3 if group["given_group"] else 0.1) * group["lr_mult"]
@@ -131,6 +133,7 @@ def test_flat_rates_over_groups_of_one_part() -> None:
         check_groups(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 def test_zero_is_any_multiple(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -176,6 +179,7 @@ def test_parameters_that_differ_in_their_epsilon_alone_are_split() -> None:
     assert [groups[n]["eps"] for n in ("a.weight", "b.weight")] == pytest.approx([1e-6 / 4, 1e-6 / 2])
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 def test_a_rate_by_hand_where_all_groups_stand_at_one_multiple() -> None:
     optimizer = split(lambda model: torch.optim.Adam([model[1].weight], lr=0.1))
     (group,) = optimizer.param_groups
@@ -184,6 +188,7 @@ def test_a_rate_by_hand_where_all_groups_stand_at_one_multiple() -> None:
     assert group["lr_at_base"] == pytest.approx(0.05)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates of .* were set outside")
 def test_rates_by_hand_may_be_rounded(optimizer: Optimizer) -> None:
     for group, rounding in zip(optimizer.param_groups, (1, 1 + 1e-7, 1 - 1e-7, 1 + 1e-7, 1), strict=True):
         group["lr"] = 0.03 * group["lr_mult"] * rounding
@@ -198,4 +203,34 @@ def test_one_freed_parameter_of_a_frozen_group_is_enough() -> None:
     check_groups(optimizer)
     model[0].bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"'frozen' of Adam was frozen when the plan was made and now trains"):
+        check_groups(optimizer)
+
+
+def test_rates_by_hand_are_told_once(optimizer: Optimizer) -> None:
+    for rate in (0.05, 0.06):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_mult"]
+        if rate == 0.05:
+            with pytest.warns(UserWarning, match=r"of Adam were set outside .* taken for rate \* group\['lr_mult'\]"):
+                check_groups(optimizer)
+    check_groups(optimizer)
+
+
+def test_schedules_by_hand_that_forget_the_multiples() -> None:
+    def two(model: nn.Module) -> Optimizer:  # one multiple each, so that no group is torn
+        return torch.optim.Adam([{"params": [model[0].weight], "lr": 0.1}, {"params": [model[1].weight], "lr": 0.2}])
+
+    for factor in (0.25, 1.0):  # g["lr"] = g["initial_lr"] * factor
+        optimizer = split(two)
+        for group, given in zip(optimizer.param_groups, (0.1, 0.2), strict=True):
+            group["lr"] = given * factor
+        with pytest.raises(ValueError, match="which undoes the plan"):
+            check_groups(optimizer)
+
+
+def test_a_warm_up_by_hand_that_ends_at_the_given_rate() -> None:
+    optimizer = split(lambda model: torch.optim.Adam([model[1].weight, model[2].weight], lr=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    with pytest.raises(ValueError, match="which undoes the plan"):
         check_groups(optimizer)
