@@ -6,6 +6,7 @@ from lightning_mup.core.base import Base
 from lightning_mup.core.layout import Layout
 from lightning_mup.core.measure import measure, measure_update_norm
 from lightning_mup.core.method import Method, Size, all_methods
+from lightning_mup.core.multipliers import install_multipliers
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import SPECTRAL, Power
 from lightning_mup.core.rules import Row, Rules, all_rules
@@ -32,6 +33,7 @@ __all__ = [
     "all_methods",
     "all_rules",
     "coordinate_check",
+    "install_multipliers",
     "measure",
     "measure_update_norm",
     "plan",

@@ -23,7 +23,7 @@ from lightning_mup.core.groups import GroupSplitter, check_groups
 from lightning_mup.core.infer import RoleLike, shared_names
 from lightning_mup.core.initialize import Initialize, frozen_twins, initialize, padding_rows
 from lightning_mup.core.method import Method, all_methods, find_method
-from lightning_mup.core.multipliers import ForwardMultiplier, install, silent
+from lightning_mup.core.multipliers import ForwardMultiplier, install_multipliers, silent
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import Power
 from lightning_mup.core.scaling import Choices, Multipliers, RulesLike, Scaling, read
@@ -192,7 +192,7 @@ class Parametrize(Callback):
             fresh, on_meta = unmarked(module, params), {names[0] for names, p in shared_names(module) if p.is_meta}
             self._pending = {name: param for name, param in fresh.items() if name in on_meta}
             self._initialize(module, {name: param for name, param in fresh.items() if name not in on_meta})
-        self._hooks = install(module, params.values())
+        self._hooks = install_multipliers(module, params.values())
 
     def _read(self, module: LightningModule) -> None:
         materialize = self._fitting and self.initialize != "keep"

@@ -58,7 +58,7 @@ class InputMultiplier(ForwardMultiplier):
         return args, {**kwargs, first: kwargs[first] * self.factor}
 
 
-def install(model: nn.Module, params: Iterable[ParamPlan]) -> dict[str, ForwardMultiplier]:
+def install_multipliers(model: nn.Module, params: Iterable[ParamPlan]) -> dict[str, ForwardMultiplier]:
     """Install the hooks that a plan asks for; returns them by module name. A module that has its hook keeps it.
 
     Raises:
@@ -70,7 +70,7 @@ def install(model: nn.Module, params: Iterable[ParamPlan]) -> dict[str, ForwardM
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2, bias=False))
         >>> base = lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2, bias=False))
         >>> made = plan(net, base, rules="ntk", choices=Choices(multipliers="hook"))
-        >>> {name: hook.factor for name, hook in install(net, made.params).items()}
+        >>> {name: hook.factor for name, hook in install_multipliers(net, made.params).items()}
         {'1': 0.5}
     """
     modules = _modules(model)

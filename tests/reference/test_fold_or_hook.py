@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mup.core.base import Base, resolve_base
 from lightning_mup.core.groups import GroupSplitter
-from lightning_mup.core.multipliers import install
+from lightning_mup.core.multipliers import install_multipliers
 from lightning_mup.core.scaling import Choices, Scaling
 from tests.models import MLP, ResidualMLP, TransformerLM
 
@@ -55,7 +55,7 @@ def scaling_of(model: nn.Module, base: Base, rules: str, multipliers: str) -> Sc
 def train(
     model: nn.Module, scaling: Scaling, make: Callable[..., list[torch.optim.Optimizer]]
 ) -> list[dict[str, Tensor]]:
-    install(model, map(scaling.initial, scaling.specs))
+    install_multipliers(model, map(scaling.initial, scaling.specs))
     names = {id(p): n for n, p in model.named_parameters()}
     with GroupSplitter(scaling, names) as splitter:
         optimizers = make(model.parameters())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mup.core.multipliers import ForwardMultiplier, InputMultiplier, install, silent
+from lightning_mup.core.multipliers import ForwardMultiplier, InputMultiplier, install_multipliers, silent
 from lightning_mup.core.plan import ParamPlan
 from lightning_mup.core.spec import ParamSpec, Role
 
@@ -50,7 +50,7 @@ def test_hook_does_what_a_multiplied_weight_does(name: str) -> None:
     model, factors, x = CASES[name]
     model = copy.deepcopy(model)
     want = multiplied(model, **factors)(x)
-    hooks = install(model, rows(model, **factors))
+    hooks = install_multipliers(model, rows(model, **factors))
     assert torch.allclose(model(x), want, atol=1e-6)
     assert all(hook.ran for hook in hooks.values())
 
@@ -60,14 +60,14 @@ def test_out_projection_of_torchs_attention() -> None:
     nn.init.normal_(model.out_proj.bias)
     x, factors = torch.randn(1, 5, 8), {"out_proj__weight": 0.5, "out_proj__bias": 0.5}
     want = multiplied(model, **factors)(x, x, x)[0]
-    install(model, rows(model, **factors))
+    install_multipliers(model, rows(model, **factors))
     assert torch.allclose(model(x, x, x)[0], want, atol=1e-6)
 
 
 def test_inputs_may_be_given_by_keyword() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     want = multiplied(model, weight=0.5)(x)
-    install(model, rows(model, weight=0.5))
+    install_multipliers(model, rows(model, weight=0.5))
     assert torch.allclose(model(input=x), want, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, float]]] = {
 def test_what_no_hook_can_do_is_refused(name: str) -> None:
     model, factors = REFUSED[name]
     with pytest.raises(ValueError, match=r"module '.*' \(\w+\) needs .*forward multipliers \{.*0.5.*'fold'"):
-        install(model, rows(model, **factors))
+        install_multipliers(model, rows(model, **factors))
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
@@ -110,25 +110,25 @@ def test_tied_readouts_multiply_the_weight_alone(bias: bool) -> None:
     model, x = Readout(nn.Linear(3, 4, bias=bias)), torch.arange(4)
     shift = model.readout.bias if bias else 0.0
     want = 0.25 * (model(x) - shift) + shift
-    install(model, readout_rows(model))
+    install_multipliers(model, readout_rows(model))
     assert torch.allclose(model(x), want)
 
 
 def test_hooks_are_installed_once_and_survive_copies() -> None:
     model = Readout(nn.Linear(3, 4))
-    first = install(model, readout_rows(model))
-    again = install(model, readout_rows(model))
+    first = install_multipliers(model, readout_rows(model))
+    again = install_multipliers(model, readout_rows(model))
     assert first == again
     clone = copy.deepcopy(model)
-    install(clone, readout_rows(clone))
+    install_multipliers(clone, readout_rows(clone))
     assert len(clone.readout._forward_pre_hooks) == len(model.readout._forward_pre_hooks) == 1
 
 
 def test_another_factor_is_refused() -> None:
     model = nn.Linear(3, 2)
-    install(model, rows(model, weight=0.5))
+    install_multipliers(model, rows(model, weight=0.5))
     with pytest.raises(ValueError, match=r"'' is multiplied by 0\.5 already, the plan says 0\.25; give"):
-        install(model, rows(model, weight=0.25))
+        install_multipliers(model, rows(model, weight=0.25))
 
 
 def test_silence_is_heard_where_gradients_are() -> None:
@@ -150,5 +150,5 @@ def test_only_the_first_of_several_inputs_is_multiplied() -> None:
     assert (one.item(), two.item(), kwargs) == (0.5, 1.0, {"size": 3})
     model, x = nn.ConvTranspose1d(3, 2, 3, stride=2), torch.randn(1, 3, 5)
     want = multiplied(model, weight=0.5)(x, [12])
-    install(model, rows(model, weight=0.5))
+    install_multipliers(model, rows(model, weight=0.5))
     assert torch.allclose(model(x, [12]), want, atol=1e-6)
