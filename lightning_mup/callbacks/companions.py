@@ -1,4 +1,4 @@
-"""What cannot stand beside Parametrize: each raises before anything is touched, and says what to use."""
+"""What can stand beside Parametrize and what cannot: refusals come before anything is touched, and say what to use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
+
+from lightning_mup.core.method import Method, all_methods, find_method
 
 _CALLBACKS = {
     LearningRateFinder: "sets one learning rate for all groups, which undoes the plan; run it on the base model "
@@ -100,3 +102,32 @@ def optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401 - whatever co
             f"groups could not be split; subclass torch.optim.Optimizer"
         )
     return []
+
+
+def supplied_method(method: str | Method, lr: float | None, weight_decay: float) -> Method:
+    """Return the method that ``Parametrize(method=...)`` is to supply.
+
+    Raises:
+        ValueError: there is none of the name, it cannot be built here, or a number makes no sense for it.
+
+    Examples:
+        >>> supplied_method("adamw", 1e-3, 1e-4).name
+        'adamw'
+    """
+    found = find_method(method)
+    if found.build is None:
+        buildable = sorted(name for name, m in all_methods().items() if m.build is not None)
+        raise ValueError(
+            f"method {found.name!r} cannot be supplied here; available: {', '.join(buildable)}; build the optimizer in "
+            f"configure_optimizers and leave method out"
+        )
+    if lr is None or not lr > 0:
+        raise ValueError(f"method={found.name!r} needs lr > 0, the rate tuned at the base, got {lr!r}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay is the fraction removed per step, >= 0, got {weight_decay!r}")
+    if weight_decay and found.decay != "coupled":
+        raise ValueError(
+            f"weight_decay={weight_decay!r} is the fraction removed per step, but {found.name} adds it to the gradient "
+            f"before normalizing; use method='adamw'"
+        )
+    return found

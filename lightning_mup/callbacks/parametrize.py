@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mup.callbacks.companions import optimizers_in, refuse_companions, refuse_meta
+from lightning_mup.callbacks.companions import optimizers_in, refuse_companions, refuse_meta, supplied_method
 from lightning_mup.callbacks.mark import mark, sizes, unmarked
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.callbacks.record import as_state, compare, compare_forward, log_plan
@@ -22,7 +22,7 @@ from lightning_mup.core.base import Base, build_proxy, resolve_base
 from lightning_mup.core.groups import GroupSplitter, check_groups
 from lightning_mup.core.infer import RoleLike, shared_names
 from lightning_mup.core.initialize import Initialize, frozen_twins, initialize, padding_rows
-from lightning_mup.core.method import Method, all_methods, find_method
+from lightning_mup.core.method import Method
 from lightning_mup.core.multipliers import ForwardMultiplier, install_multipliers, silent
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import Power
@@ -106,7 +106,7 @@ class Parametrize(Callback):
             batch=(batch[0], batch[1]),
             multipliers=multipliers,
         )
-        self.method = None if method is None else _supplied(method, lr, weight_decay)
+        self.method = None if method is None else supplied_method(method, lr, weight_decay)
         if method is None and (lr is not None or weight_decay or options or schedule):
             raise ValueError(
                 f"lr={lr!r}, weight_decay={weight_decay!r}, options and schedule belong to method=...; without a "
@@ -334,23 +334,3 @@ def _proxy_beside(given: object, module: LightningModule) -> nn.Module:
     if isinstance(proxy, LightningModule):
         proxy._device_mesh = module._device_mesh
     return proxy
-
-
-def _supplied(method: str | Method, lr: float | None, weight_decay: float) -> Method:
-    found = find_method(method)
-    if found.build is None:
-        buildable = sorted(name for name, m in all_methods().items() if m.build is not None)
-        raise ValueError(
-            f"method {found.name!r} cannot be supplied here; available: {', '.join(buildable)}; build the optimizer in "
-            f"configure_optimizers and leave method out"
-        )
-    if lr is None or not lr > 0:
-        raise ValueError(f"method={found.name!r} needs lr > 0, the rate tuned at the base, got {lr!r}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is the fraction removed per step, >= 0, got {weight_decay!r}")
-    if weight_decay and found.decay != "coupled":
-        raise ValueError(
-            f"weight_decay={weight_decay!r} is the fraction removed per step, but {found.name} adds it to the gradient "
-            f"before normalizing; use method='adamw'"
-        )
-    return found

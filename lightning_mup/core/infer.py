@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_mup.core.bare import Bare, grown_axes, is_elementwise, read_word, suggested, unread_message
-from lightning_mup.core.base import Base, bare_model, canonical, head_dims, refuse_lazy
+from lightning_mup.core.base import Base, bare_model, canonical, refuse_lazy
 from lightning_mup.core.blocks import Blocks
 from lightning_mup.core.branches import branch_ends
 from lightning_mup.core.layout import Layout, as_role, layout_of
@@ -228,21 +227,6 @@ def shared_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     for name, parameter in bare_model(model).named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), ([], parameter))[0].append(canonical(name))
     return list(found.values())
-
-
-def warn_about_heads(model: nn.Module, base: Base) -> None:
-    """Warn where attention heads grow: mup wants logits over d_head, modules divide by its square root."""
-    blocks = Blocks(model, base.shapes)
-    grown = [(n, d, b) for n, d in head_dims(model).items() if (b := base.head_dims.get(blocks.base_name(n), d)) != d]
-    if grown:
-        name, dim, base_dim = grown[0]
-        warnings.warn(
-            f"{len(grown)} attention modules have larger heads than the base ({name!r}: head_dim {dim} against "
-            f"{base_dim}); logits scaled by 1/sqrt(head_dim) then grow as its square root. Keep head_dim and let the "
-            f"number of heads grow, or, where that number stays, give the query matrices "
-            f"forward={{'*.q_proj.weight': Power(fan_out=-1/2)}}",
-            stacklevel=2,
-        )
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

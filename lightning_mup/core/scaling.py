@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,12 @@ from typing import Literal
 from torch import nn
 
 from lightning_mup.core.base import Base, doubled, is_base_of, resolve_base
-from lightning_mup.core.branches import branch_ends
-from lightning_mup.core.infer import RoleLike, infer, shared_names, warn_about_heads
+from lightning_mup.core.doubts import check_depth, check_gains, check_products, warn_about_growth, warn_about_heads
+from lightning_mup.core.infer import RoleLike, infer, shared_names
 from lightning_mup.core.method import Method, Settings, Size, find_method
 from lightning_mup.core.patterns import match
 from lightning_mup.core.plan import EpsValue, ParamPlan, Plan
 from lightning_mup.core.power import Power
-from lightning_mup.core.products import hand_products
 from lightning_mup.core.rules import Row, Rules, find_rules, without_depth
 from lightning_mup.core.spec import ParamSpec, Role, as_roles_line
 
@@ -95,8 +93,8 @@ class Scaling:
         """
         found = find_rules(rules)
         specs = infer(model, base, wider=wider, roles=choices.roles, branches=choices.branches)
-        _check_depth(model, specs, found)
-        _check_products(model, specs, found)
+        check_depth(model, specs, found)
+        check_products(model, specs, found)
         names = [[s.name, *s.tied_to] for s in specs]
         made = cls(
             specs=specs,
@@ -105,7 +103,8 @@ class Scaling:
             forward=match(choices.forward, names, "forward"),
             lr_multipliers=_by_role_or_name(choices.lr_multipliers, specs, names),
         )
-        _check_gains(made, base)
+        if choices.multipliers == "fold":
+            check_gains(specs, {spec.name: made.multiplier(spec) for spec in specs}, base)
         return made
 
     def multiplier(self, spec: ParamSpec) -> float:
@@ -220,21 +219,8 @@ def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices:
             stacklevel=2,
         )
     warn_about_heads(model, base)
-    _warn_about_growth(scaling.specs)
+    warn_about_growth(scaling.specs)
     return scaling
-
-
-def _warn_about_growth(specs: Sequence[ParamSpec]) -> None:
-    """A side that grows far less than the other may be no width at all: padded vocabularies, more classes."""
-    for spec in specs:
-        logs = sorted((abs(math.log(spec.fan_out.ratio)), abs(math.log(spec.fan_in.ratio))))
-        if spec.role is Role.HIDDEN and spec.why != "roles" and 0 < logs[0] < _LITTLE * logs[1]:
-            warnings.warn(
-                f"{spec.name!r} is read as hidden, since both sides differ from the base, but one hardly does "
-                f"(fan_out {spec.fan_out}, fan_in {spec.fan_in}); if that side is no width (classes, a padded "
-                f'vocabulary), give both models the same number there; else say roles={{"{spec.name}": "hidden"}}',
-                stacklevel=3,
-            )
 
 
 def _is_wider(model: nn.Module, base: Base) -> bool:
@@ -283,72 +269,4 @@ def _by_role_or_name(
     return found | by_name
 
 
-def _check_depth(model: nn.Module, specs: Sequence[ParamSpec], rules: Rules) -> None:
-    deeper = [s for s in specs if s.depth.ratio != 1]
-    if not deeper:
-        return
-    if not rules.uses_depth:
-        warnings.warn(
-            f"the model has {deeper[0].depth.size} blocks and the base {deeper[0].depth.base}, but rules "
-            f"{rules.name!r} say nothing about depth; use rules=['mup', 'complete_p'], or branches=[] if the blocks "
-            f"are not residual",
-            stacklevel=2,
-        )
-        return
-    shared = [s for s in deeper if any(_block_of(name, s) != s.block for name in s.tied_to)]
-    if shared:
-        raise ValueError(
-            f"{shared[0].name!r} is shared by several blocks ({shared[0].tied_to[0]!r}), for which rules "
-            f"{rules.name!r} say nothing; use rules='mup' with branches=[], or blocks with weights of their own"
-        )
-    blind = sorted({s.block for s in deeper} - {s.block for s in deeper if s.branch})
-    if blind:
-        reason = branch_ends(model, blind[:1])[1].get(blind[0], "no branch is named in it")
-        inside = [s.name for s in deeper if s.block == blind[0] and s.name.endswith("weight")]
-        raise ValueError(
-            f"cannot tell where the residual branches of {blind[0]!r} end: {reason}; name the last weight of each (the "
-            f"gain of a norm that stands between it and the sum), with * for the block's number, in branches=[...], "
-            f"out of {inside}, or give branches=[] if the blocks are not residual"
-        )
-
-
-def _block_of(name: str, spec: ParamSpec) -> str:
-    """Return what stands in another name at the place of the block: ``layers.3`` in ``layers.3.fc.weight``."""
-    return ".".join(name.split(".")[: len(spec.block.split("."))])
-
-
-def _check_products(model: nn.Module, specs: Sequence[ParamSpec], rules: Rules) -> None:
-    """What a module multiplies by hand may be a readout: a tied embedding, or a vector that sums over the width."""
-    by_hand = hand_products(model)
-    for spec in specs:
-        if spec.why == "roles" or not by_hand & {spec.name, *spec.tied_to} or spec.fan_out.ratio == 1:
-            continue
-        row = rules.rows[Role.OUTPUT]
-        if spec.role is Role.INPUT and not spec.readout and spec.evaluate(rules.tied_readout) != 1:
-            raise ValueError(
-                f"the embedding {spec.name!r} is used as a matrix as well, by hand, so that its readout cannot be "
-                f"multiplied by {spec.evaluate(rules.tied_readout):.4g}; tie it through an nn.Linear "
-                f"(self.readout.weight = self.embedding.weight), or, where your code multiplies, say so: "
-                f'roles={{"{spec.name}": "input"}}'
-            )
-        if spec.role is Role.VECTOR and row.update_norm is not None:
-            raise ValueError(
-                f"{spec.name!r} {spec.shape} looks like a gain or bias, but is used in a matrix product; say what it "
-                f'is: roles={{"{spec.name}": "output"}} where the product sums over it, else "vector"'
-            )
-
-
-def _check_gains(scaling: Scaling, base: Base) -> None:
-    """A gain that starts at 0 outside of torch's own norms stands for 1 + w, which no factor on w scales."""
-    for spec in scaling.specs:
-        at_zero = spec.base_name in base.measured and base.measured[spec.base_name].rms == 0
-        gain = spec.role is Role.VECTOR and spec.name.endswith("weight") and not hasattr(nn, spec.why)
-        if gain and at_zero and spec.branch and scaling.multiplier(spec) != 1 and scaling.choices.multipliers == "fold":
-            raise ValueError(
-                f"{spec.name!r} of a {spec.why} ends a residual branch and starts at 0, so it may stand for 1 + w, "
-                f"which cannot take a folded multiplier; use multipliers='hook'"
-            )
-
-
-_LITTLE = 0.25  # ratio of logarithms: a side that grows by 1.1 where the other grows by 2 is suspicious
 _ROLE_WORDS = (*(role.value for role in Role), "embedding", "readout")
