@@ -65,6 +65,12 @@ class Blocking:
         return self._side(self.rows, self.active_out), self._side(self.columns, self.active_in)
 
     @property
+    def sides(self) -> dict[str, int]:
+        """Size of a block along each preconditioned side, the input side first."""
+        active = {"in": (self.active_in, self.block[1]), "out": (self.active_out, self.block[0])}
+        return {side: size for side, (used, size) in active.items() if used}
+
+    @property
     def count(self) -> tuple[int, int]:
         """Number of blocks along rows and columns."""
         return math.ceil(self.rows / self.block[0]), math.ceil(self.columns / self.block[1])

@@ -68,7 +68,7 @@ class Shampoo:
         blocking = self._blocking(param_NOI)
         number = blocking.count[0] * blocking.count[1]
         state = {"ema": torch.zeros_like(param_NOI)}
-        for side, size in _sides(blocking):
+        for side, size in blocking.sides.items():
             eye = torch.eye(size, dtype=param_NOI.dtype, device=param_NOI.device).repeat(len(param_NOI), number, 1, 1)
             state[f"root_{side}"] = eye
             state[f"factor_{side}"] = eye * (self.matrix_eps if self.start is None else self.start)
@@ -78,7 +78,7 @@ class Shampoo:
         """Return the preconditioned momentum."""
         blocking = self._blocking(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
-        sides = [side for side, _ in _sides(blocking)]
+        sides = list(blocking.sides)
         for side in sides:
             add_second_moment(state[f"factor_{side}"], g_NBPQ, side, self.betas[1])
             if (ctx.step - 1) % self.every == 0:
@@ -114,12 +114,3 @@ def add_second_moment(factor_NBDD: torch.Tensor, g_NBPQ: torch.Tensor, side: str
     g_BPQ = g_NBPQ.flatten(0, 1)
     left, right = (g_BPQ.mT, g_BPQ) if side == "in" else (g_BPQ, g_BPQ.mT)
     factor_NBDD.flatten(0, 1).baddbmm_(left, right, beta=beta, alpha=1 - beta)
-
-
-def _sides(blocking: Blocking) -> list[tuple[str, int]]:
-    (rows, columns), found = blocking.block, []
-    if blocking.active_in:
-        found.append(("in", columns))
-    if blocking.active_out:
-        found.append(("out", rows))
-    return found

@@ -10,7 +10,7 @@ import torch
 from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.linalg import eigenbasis, qr_step
 from lightning_mup.core.transform import Context, State
-from lightning_mup.transforms.shampoo import _sides, add_second_moment
+from lightning_mup.transforms.shampoo import add_second_moment
 
 _RELATIVE_FLOOR = 1e-10  # as in the authors' code
 _QR_STEPS = 10  # per warm-up step, where the basis is not found by eigendecomposition
@@ -71,7 +71,7 @@ class Soap:
         blocking = self._blocking(param_NOI)
         state = {"m": torch.zeros_like(param_NOI), "v": torch.zeros_like(blocking.cut(param_NOI))}
         number = blocking.count[0] * blocking.count[1]
-        for side, size in _sides(blocking):
+        for side, size in blocking.sides.items():
             eye = torch.eye(size, dtype=param_NOI.dtype, device=param_NOI.device).repeat(len(param_NOI), number, 1, 1)
             state[f"basis_{side}"], state[f"factor_{side}"] = eye, torch.zeros_like(eye)
         return state
@@ -81,7 +81,7 @@ class Soap:
         (beta1, beta2), t = self.betas, ctx.step
         blocking = self._blocking(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
-        sides = [side for side, _ in _sides(blocking)]
+        sides = list(blocking.sides)
         m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
         for side in sides:
             add_second_moment(state[f"factor_{side}"], g_NBPQ, side, beta2)
