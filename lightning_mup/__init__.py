@@ -3,24 +3,41 @@
 from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate_check
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.base import Base
+from lightning_mup.core.factors import multipliers
 from lightning_mup.core.layout import Layout
 from lightning_mup.core.measure import measure, measure_update_norm
 from lightning_mup.core.method import Method, Size, all_methods
 from lightning_mup.core.multipliers import install_multipliers
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import SPECTRAL, Power
 from lightning_mup.core.rules import Row, Rules, all_rules
 from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.core.spec import Dim, ParamSpec, Role
+from lightning_mup.methods.adam import Adam
+from lightning_mup.methods.adam_atan2 import AdamAtan2
+from lightning_mup.methods.adamuon import AdaMuon
+from lightning_mup.methods.adamw import AdamW
+from lightning_mup.methods.muon import Muon
+from lightning_mup.methods.sgd import SGD
+from lightning_mup.methods.shampoo import Shampoo
+from lightning_mup.methods.soap import SOAP
 
 __all__ = [
+    "SGD",
+    "SOAP",
     "SPECTRAL",
+    "AdaMuon",
+    "Adam",
+    "AdamAtan2",
+    "AdamW",
     "Base",
     "Choices",
     "CoordinateCheck",
     "Dim",
     "Layout",
     "Method",
+    "Muon",
     "ParamPlan",
     "ParamSpec",
     "Parametrize",
@@ -29,12 +46,15 @@ __all__ = [
     "Role",
     "Row",
     "Rules",
+    "Shampoo",
     "Size",
+    "StackedOptimizer",
     "all_methods",
     "all_rules",
     "coordinate_check",
     "install_multipliers",
     "measure",
     "measure_update_norm",
+    "multipliers",
     "plan",
 ]

@@ -125,7 +125,7 @@ def supplied_method(method: str | Method, lr: float | None, weight_decay: float)
         raise ValueError(f"method={found.name!r} needs lr > 0, the rate tuned at the base, got {lr!r}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay is the fraction removed per step, >= 0, got {weight_decay!r}")
-    if weight_decay and found.decay != "coupled":
+    if weight_decay and found.defaults.get("decay", found.decay) == "l2":
         raise ValueError(
             f"weight_decay={weight_decay!r} is the fraction removed per step, but {found.name} adds it to the gradient "
             f"before normalizing; use method='adamw'"

@@ -272,8 +272,13 @@ class Parametrize(Callback):
         assert self.lr is not None
         rank_zero_info(f"method={method.name!r} replaces the optimizer of {type(module).__name__}.")
         trainable = [p for p in module.parameters() if p.requires_grad]
+        options: dict[str, Any] = {**method.preset, **self.options}
+        if method.routes and method.chain:
+            options["routes"] = {role.value: name for role, name in method.routes.items()} | options.get("routes", {})
         # Coupled optimizers remove lr x weight_decay per step.
-        optimizer = method.build(trainable, lr=self.lr, weight_decay=self.weight_decay / self.lr, **self.options)
+        coupled = {**method.defaults, **options}.get("decay", method.decay) == "coupled"
+        decay = self.weight_decay / self.lr if coupled else self.weight_decay
+        optimizer = method.build(trainable, lr=self.lr, weight_decay=decay, **options)
         if self.schedule is None:
             return optimizer
         made = self.schedule(optimizer)

@@ -6,10 +6,14 @@ Shapes: N matrices, O rows, I columns; B blocks per matrix, of P rows and Q colu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+
+from lightning_mup.core.spec import ParamSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +93,56 @@ class Blocking:
 
     def _side(self, size: int, active: bool) -> int:
         return size if self.block_size is None or not active else min(size, self.block_size)
+
+
+def blocking_of(spec: ParamSpec, settings: Mapping[str, object], *, base: bool = False) -> Blocking:
+    """Return how a parameter's matrices, or those of its counterpart at the base, are cut under settings.
+
+    Examples:
+        >>> from lightning_mup.core.spec import Dim, Role
+        >>> spec = ParamSpec("w", Role.HIDDEN, (768, 512), Dim(512, 512), Dim(768, 512))
+        >>> blocking_of(spec, {"block_size": 512}).count, blocking_of(spec, {"block_size": 512}, base=True).count
+        ((2, 1), (1, 1))
+    """
+    rows, columns = (spec.fan_out.base, spec.fan_in.base) if base else (spec.fan_out.size, spec.fan_in.size)
+    block_size, limit = (cast(int | None, settings.get(key)) for key in ("block_size", "max_preconditioned_dim"))
+    return Blocking(rows, columns, block_size, limit)
+
+
+def block_ratios(spec: ParamSpec, settings: Mapping[str, object]) -> tuple[float, float]:
+    """Return the ratios (input side, output side) of block counts against the base; 1 without blocks.
+
+    Examples:
+        >>> from lightning_mup.core.spec import Dim, Role
+        >>> spec = ParamSpec("w", Role.HIDDEN, (512, 256), Dim(256, 128), Dim(512, 128))
+        >>> block_ratios(spec, {"block_size": 128})
+        (2.0, 4.0)
+    """
+    (rows, columns), (base_rows, base_columns) = (
+        blocking_of(spec, settings, base=base).count for base in (False, True)
+    )
+    return columns / base_columns, rows / base_rows
+
+
+def active_sides(spec: ParamSpec, settings: Mapping[str, object]) -> tuple[bool, bool]:
+    """Return whether (input side, output side) are preconditioned.
+
+    Raises:
+        ValueError: the base answers otherwise, or neither side is.
+
+    Examples:
+        >>> from lightning_mup.core.spec import Dim, Role
+        >>> spec = ParamSpec("readout", Role.OUTPUT, (50257, 512), Dim(512, 128), Dim(50257, 50257))
+        >>> active_sides(spec, {"max_preconditioned_dim": 10000})
+        (True, False)
+    """
+    here, there = (blocking_of(spec, settings, base=base) for base in (False, True))
+    sides = (here.active_in, here.active_out)
+    if sides != (there.active_in, there.active_out) or not any(sides):
+        raise ValueError(
+            f"{spec.name!r} (fan_out {spec.fan_out}, fan_in {spec.fan_in}; size/base) must be preconditioned on the "
+            f"same sides at size and base, on at least one, but max_preconditioned_dim="
+            f"{settings.get('max_preconditioned_dim')} makes it {sides} (in, out) here and "
+            f"{(there.active_in, there.active_out)} at the base; raise the limit, or lower it below both"
+        )
+    return sides

@@ -14,7 +14,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_mup.core.method import Method, method_of
+from lightning_mup.core.method import Method, find_method, method_of
+from lightning_mup.core.optimizer import StackedOptimizer, settings_of
 from lightning_mup.core.plan import EpsValue, ParamPlan
 from lightning_mup.core.scaling import Scaling
 from lightning_mup.core.schedules import (
@@ -28,6 +29,7 @@ from lightning_mup.core.schedules import (
     per_given_group,
     schedule_at_base,
 )
+from lightning_mup.core.spec import Role
 
 ROLE = "role"
 """Key of a parameter group that holds the role of its parameters, :data:`FROZEN` or, without any, :data:`EMPTY`."""
@@ -125,20 +127,43 @@ class GroupSplitter:
         settings = {**optimizer.defaults, **{k: v for k, v in group.items() if k != "params"}}
         parts: dict[tuple[object, ...], list[Any]] = {}
         params: dict[tuple[object, ...], ParamPlan | None] = {}
+        own: dict[tuple[object, ...], Group] = {}
         for entry in _as_list(group["params"]):
-            param = self._plan_of(entry[1] if isinstance(entry, tuple) else entry, method, settings, optimizer)
-            params[_key(param)] = param
-            parts.setdefault(_key(param), []).append(entry)
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            found = self._routed(parameter, method, settings, optimizer)
+            param = self._plan_of(parameter, *found, optimizer)
+            key = _key(param)
+            params[key], own[key] = param, found[1]
+            parts.setdefault(key, []).append(entry)
         taken = {str(other["name"]) for other in optimizer.param_groups}
         given = 1 + max((int(other[GIVEN]) for other in optimizer.param_groups), default=-1)
         made = [
-            {**group, **_changes(settings, params[key]), "params": entries, GIVEN: given}
+            {
+                **group,
+                **_arranged(optimizer, own[key]),
+                **_changes(own[key], params[key]),
+                "params": entries,
+                GIVEN: given,
+            }
             for key, entries in parts.items()
         ]
         for part in made or [{**group, LR_MULT: 1.0, ROLE: EMPTY, "params": [], GIVEN: given}]:
             part["name"] = _name(group.get("name"), part, taken)
             taken.add(part["name"])
             yield part
+
+    def _routed(
+        self, parameter: torch.Tensor, method: Method, settings: Group, optimizer: Optimizer
+    ) -> tuple[Method, Group]:
+        """Return the method that moves a parameter, and its settings: in our own optimizers, a group may name one."""
+        spec = self._specs.get(self._names.get(id(parameter), ""))
+        if spec is None or not isinstance(optimizer, StackedOptimizer):
+            return method, settings
+        stated = find_method(settings["method"])
+        routes = {**stated.routes, **{Role(role): name for role, name in (settings.get("routes") or {}).items()}}
+        routed = find_method(routes.get(spec.role, stated.name))
+        own = settings if routed is stated else settings_of(settings, routed.name)
+        return routed, {**own, "method": routed.name, "axes": spec.axes, "split": spec.split, "lookup": spec.lookup}
 
     def _method(self, optimizer: Optimizer) -> Method:
         own = (self._declare[cls] for cls in type(optimizer).__mro__ if cls in self._declare)
@@ -235,7 +260,13 @@ def _unmultiplied(groups: list[Group]) -> bool:
 def _key(param: ParamPlan | None) -> tuple[object, ...]:
     if param is None:
         return ()
-    return (param.spec.role, param.lr, param.group_weight_decay, *param.eps.values())
+    spec = param.spec
+    own = (param.method, spec.axes, spec.split, spec.lookup) if find_method(param.method).chain else ()
+    return (spec.role, param.lr, param.group_weight_decay, *param.eps.values(), *own)
+
+
+def _arranged(optimizer: Optimizer, settings: Group) -> Group:
+    return dict(settings) if isinstance(optimizer, StackedOptimizer) else {}
 
 
 def _changes(settings: Group, param: ParamPlan | None) -> Group:

@@ -264,6 +264,8 @@ def _read_axes(name: str, shape: tuple[int, ...], base: tuple[int, ...], layout:
         shape=shape,
         fan_in=fan_in,
         fan_out=fan_out,
+        axes=(layout.axes_out(len(shape)), layout.axes_in(len(shape))),
+        lookup=layout.lookup,
         split=layout.split,
         stack=math.prod(shape[a] for a in layout.stack),
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
-from lightning_mup.core.power import Power
+from lightning_mup.core.power import SPECTRAL, Power
 from lightning_mup.core.registry import collect, near
 from lightning_mup.core.rules import GRADIENT, Row
-from lightning_mup.core.spec import ParamSpec
+from lightning_mup.core.spec import ParamSpec, Role
+from lightning_mup.core.transform import Transform
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,14 @@ class Size:
         return float(multiplier ** (float(self.weight) - float(self.grad)))
 
 
-Settings = Mapping[str, object]
+Settings = Mapping[str, Any]
 """One parameter group's settings, as ``optimizer.param_groups`` holds them."""
+Decay = Literal["independent", "coupled", "l2"]
+"""What ``weight_decay`` means: a fraction of W per step (x schedule), lr x weight_decay of W, or in the gradient."""
+
+
+Eps = Size | tuple[Size, ...] | Callable[[ParamSpec, Settings], Size]
+"""What an epsilon-like setting is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +62,20 @@ class Method:
     Args:
         name: what people call it.
         update_norm: spectral norm of its raw update (learning rate 1), where the gradient is of the size
-            :data:`~lightning_mup.core.rules.GRADIENT` and of low rank; or a function of the spec that returns it.
+            :data:`~lightning_mup.core.rules.GRADIENT` and of low rank; or a function of (spec, settings).
         optimizers: the classes that the declaration speaks of; subclasses are taken to keep the update's size.
-        eps: per setting name, what it is compared with; a tuple where the setting is one.
+        eps: per setting name, what it is compared with; a tuple where the setting is one, or a function of
+            (spec, settings).
         weight_degree: power of the weight's RMS in the update (1 where the step is relative to the weight).
-        decay: ``"coupled"`` where one step removes lr x weight_decay of the weight, ``"l2"`` where weight_decay x W
-            is added to a gradient that is normalized afterwards.
+        decay: ``"coupled"`` where one step removes lr x weight_decay of the weight, ``"independent"`` where it is
+            weight_decay x schedule, ``"l2"`` where weight_decay x W is added to a gradient that is normalized
+            afterwards. A setting ``decay`` of the optimizer's own goes first.
         own_factor: the implementation's own factor on the learning rate, from (settings, fan_out, fan_in); it is
             divided out.
         build: makes the optimizer from parameter groups for ``Parametrize(method=...)``.
+        chain: makes the update's transform from settings, for a :class:`~lightning_mup.StackedOptimizer`.
+        preset: settings of ``build`` that this name stands for.
+        routes: the method of another name that takes over a role.
         reference: paper and equation.
 
     Examples:
@@ -74,37 +87,80 @@ class Method:
     """
 
     name: str
-    update_norm: Power | Callable[[ParamSpec], Power]
+    update_norm: Power | Callable[[ParamSpec, Settings], Power]
     optimizers: tuple[type[torch.optim.Optimizer], ...] = ()
-    eps: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict, hash=False)
+    eps: Mapping[str, Eps] = field(default_factory=dict, hash=False)
     weight_degree: int = 0
-    decay: Literal["coupled", "l2"] = "coupled"
+    decay: Decay = "coupled"
     own_factor: Callable[[Settings, int, int], float] | None = None
     build: Callable[..., torch.optim.Optimizer] | None = None
+    chain: Callable[[Settings], Transform] | None = None
+    preset: Settings = field(default_factory=dict, hash=False)
+    routes: Mapping[Role, str] = field(default_factory=dict, hash=False)
     reference: str = ""
 
-    def natural(self, spec: ParamSpec, row: Row) -> Power:
-        """Return the size of the raw update under one row: the declaration, at that row's gradients and weights."""
-        declared = self._declared(spec)
-        return declared * (row.grad_rms / GRADIENT) ** self.degree(spec) * row.init_std**self.weight_degree
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of the optimizer that ``build`` makes, where they have a default, with the preset's values."""
+        return {**(_defaults(self.build) if self.build else {}), **self.preset}
 
-    def degree(self, spec: ParamSpec) -> Fraction:
+    def for_role(self, role: Role) -> Method:
+        """Return the method that takes care of a role: this one, or the one that it is routed to.
+
+        Examples:
+            >>> find_method("muon_adam").for_role(Role.OUTPUT).name
+            'adam'
+        """
+        return find_method(self.routes[role]) if role in self.routes else self
+
+    def natural(self, spec: ParamSpec, row: Row, settings: Settings) -> Power:
+        """Return the size of the raw update under one row: the declaration, at that row's gradients and weights."""
+        declared = self.declared(spec, settings)
+        degree = self.degree(spec, settings)
+        return declared * (row.grad_rms / GRADIENT) ** degree * row.init_std**self.weight_degree
+
+    def degree(self, spec: ParamSpec, settings: Settings) -> Fraction:
         """Return the degree of homogeneity in the gradient: 1 for SGD, 0 for everything normalized.
 
         Depth reaches a method only through the gradient, which the branch multiplier 1/L scales; so the power of
         depth in the declaration is minus the degree.
         """
-        return -Fraction(self._declared(spec).depth)
+        return -Fraction(self.declared(spec, settings).depth)
 
-    def fold_exponent(self, spec: ParamSpec) -> float:
+    def fold_exponent(self, spec: ParamSpec, settings: Settings) -> float:
         """Return ``e`` such that folding a forward multiplier ``a`` multiplies the learning rate by ``a^e``.
 
         With W = a w the gradient of w is a times that of W, and a step of w is a times as large in W.
         """
-        return float(1 + self.degree(spec) - self.weight_degree)
+        return float(1 + self.degree(spec, settings) - self.weight_degree)
 
-    def _declared(self, spec: ParamSpec) -> Power:
-        return self.update_norm if isinstance(self.update_norm, Power) else self.update_norm(spec)
+    def declared(self, spec: ParamSpec, settings: Settings) -> Power:
+        """Return the update's size under settings: normalized, that of a graft's donor, or the method's own."""
+        if settings.get("spectral_norm"):
+            return SPECTRAL
+        if settings.get("graft"):
+            return find_method(settings["graft"]).declared(spec, {**settings, "graft": None})
+        return self._own(spec, settings)
+
+    def sizes(self, spec: ParamSpec, settings: Settings) -> dict[str, Size | tuple[Size, ...]]:
+        """Return per epsilon what it is compared with; where a donor's length is grafted on, the donor's, too."""
+        found = dict(self.eps)
+        if settings.get("graft"):
+            own = self._own(spec, settings)
+            degree = -Fraction(own.depth)
+            # The direction's norm, over which the graft divides; the batch power is that of the authors' code.
+            factor = own / GRADIENT**degree * Power(batch=-(degree + 1) / 2)
+            found = {**find_method(settings["graft"]).eps, **found, "graft_eps": Size(grad=degree, factor=factor)}
+        return {key: size(spec, settings) if callable(size) else size for key, size in found.items()}
+
+    def _own(self, spec: ParamSpec, settings: Settings) -> Power:
+        return self.update_norm if isinstance(self.update_norm, Power) else self.update_norm(spec, settings)
+
+
+@cache
+def _defaults(build: Callable[..., torch.optim.Optimizer]) -> dict[str, Any]:
+    parameters = inspect.signature(build).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @cache

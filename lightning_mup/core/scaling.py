@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 
 from lightning_mup.core.base import Base, doubled, is_base_of, resolve_base
+from lightning_mup.core.blocking import block_ratios
 from lightning_mup.core.doubts import check_depth, check_gains, check_products, warn_about_growth, warn_about_heads
 from lightning_mup.core.infer import RoleLike, infer, shared_names
 from lightning_mup.core.method import Method, Settings, Size, find_method
@@ -128,13 +129,16 @@ class Scaling:
     def param(self, spec: ParamSpec, method: Method, settings: Settings) -> ParamPlan:
         """Return the whole row of a parameter under a method with its settings (one parameter group's)."""
         start, row = self.initial(spec), self._row(spec)
-        lr: float = start.folded ** method.fold_exponent(spec) * self.lr_multipliers.get(spec.name, 1.0)
+        lr: float = start.folded ** method.fold_exponent(spec, settings) * self.lr_multipliers.get(spec.name, 1.0)
+        blocks = block_ratios(spec, settings)
         if row.update_norm is not None:
-            lr *= spec.evaluate(row.update_norm / method.natural(spec, row)) * _own_factor(method, spec, settings)
+            wanted = row.update_norm / method.natural(spec, row, settings)
+            lr *= spec.evaluate(wanted, blocks=blocks) * _own_factor(method, spec, settings)
         size, base_size = self.choices.batch
+        ratios = Ratios(size / base_size, blocks)
         eps = {
-            key: _eps(size_of, spec, row, start.folded, size / base_size)
-            for key, size_of in method.eps.items()
+            key: _eps(size_of, spec, row, start.folded, ratios)
+            for key, size_of in method.sizes(spec, settings).items()
             if settings.get(key) is not None
         }
         decay = self._group_decay(spec, row, method, settings, start, lr)
@@ -154,7 +158,10 @@ class Scaling:
     def _group_decay(
         self, spec: ParamSpec, row: Row, method: Method, settings: Settings, start: ParamPlan, lr: float
     ) -> float:
-        if method.decay == "coupled" or settings.get("decoupled_weight_decay"):
+        decay = "coupled" if settings.get("decoupled_weight_decay") else settings.get("decay", method.decay)
+        if decay == "independent":
+            return start.weight_decay
+        if decay == "coupled":
             return start.weight_decay / lr  # one step removes lr x weight_decay: undo what was done to lr
         if row.update_norm is None:
             return float(start.folded**-2.0)
@@ -203,9 +210,14 @@ def plan(
     """
     found = find_method(method)
     scaling = read(model, base, resolve_base(base, model), rules, choices or Choices())
-    own = dict(settings) if settings is not None else {key: 1.0 for key in found.eps}
-    rows = tuple(scaling.param(spec, found, own) for spec in scaling.specs)
+    rows = tuple(_planned(scaling, spec, found, settings or {}) for spec in scaling.specs)
     return Plan(rows, scaling.rules.name)
+
+
+def _planned(scaling: Scaling, spec: ParamSpec, method: Method, settings: Mapping[str, object]) -> ParamPlan:
+    routed = method.for_role(spec.role)
+    own = settings if routed is method else {}
+    return scaling.param(spec, routed, {**{key: 1.0 for key in routed.eps}, **routed.defaults, **own})
 
 
 def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices: Choices) -> Scaling:
@@ -235,14 +247,22 @@ def _own_factor(method: Method, spec: ParamSpec, settings: Settings) -> float:
     return method.own_factor(settings, spec.fan_out.base * spec.split, spec.fan_in.base) / here
 
 
-def _eps(size: Size | tuple[Size, ...], spec: ParamSpec, row: Row, folded: float, batch: float) -> EpsValue:
+class Ratios(NamedTuple):
+    """Ratios against the base beyond a parameter's own dimensions: of batch sizes, and of (in, out) block counts."""
+
+    batch: float
+    blocks: tuple[float, float]
+
+
+def _eps(size: Size | tuple[Size, ...], spec: ParamSpec, row: Row, folded: float, ratios: Ratios) -> EpsValue:
     if isinstance(size, tuple):
-        return tuple(_one_eps(part, spec, row, folded, batch) for part in size)
-    return _one_eps(size, spec, row, folded, batch)
+        return tuple(_one_eps(part, spec, row, folded, ratios) for part in size)
+    return _one_eps(size, spec, row, folded, ratios)
 
 
-def _one_eps(size: Size, spec: ParamSpec, row: Row, folded: float, batch: float) -> float:
-    scaled = 1.0 if row.update_norm is None else spec.evaluate(size.power(row), batch=batch)
+def _one_eps(size: Size, spec: ParamSpec, row: Row, folded: float, ratios: Ratios) -> float:
+    silent = row.update_norm is None
+    scaled = 1.0 if silent else spec.evaluate(size.power(row), batch=ratios.batch, blocks=ratios.blocks)
     return scaled * size.folded(folded)
 
 

@@ -68,6 +68,9 @@ class ParamSpec:
         fan_in: what one output sums over (kernel positions counted in).
         fan_out: how many outputs it writes.
         depth: residual blocks of its kind in the model; 1/1 outside of repeated blocks.
+        axes: axes of the shape that index outputs, and those that are summed over; the rest are stacked. None is
+            ``((0,), (1, ...))``.
+        lookup: whether rows are looked up one at a time, as in an embedding.
         split: number of equal row blocks that are matrices of their own (fused query-key-value: 3).
         stack: number of matrices stacked along leading axes (experts); 1 for a plain matrix.
         base_name: its counterpart's name in the base.
@@ -89,6 +92,8 @@ class ParamSpec:
     fan_in: Dim = ONE
     fan_out: Dim = ONE
     depth: Dim = ONE
+    axes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    lookup: bool = False
     split: int = 1
     stack: int = 1
     base_name: str = ""
@@ -104,15 +109,15 @@ class ParamSpec:
         """The ratios that :meth:`Power.evaluate` takes."""
         return {"fan_in": self.fan_in.ratio, "fan_out": self.fan_out.ratio, "depth": self.depth.ratio}
 
-    def evaluate(self, power: Power, *, batch: float = 1.0) -> float:
-        """Return the value of a monomial at this parameter's ratios.
+    def evaluate(self, power: Power, *, batch: float = 1.0, blocks: tuple[float, float] = (1.0, 1.0)) -> float:
+        """Return the value of a monomial at this parameter's ratios, and at those of batch and (in, out) block counts.
 
         Examples:
             >>> spec = ParamSpec("w", Role.HIDDEN, (256, 256), Dim(256, 64), Dim(256, 64))
             >>> spec.evaluate(Power(fan_in=-1))
             0.25
         """
-        return power.evaluate(batch=batch, **self.ratios)
+        return power.evaluate(batch=batch, blocks_in=blocks[0], blocks_out=blocks[1], **self.ratios)
 
 
 def as_roles_line(specs: Sequence[ParamSpec]) -> str:

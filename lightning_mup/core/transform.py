@@ -31,7 +31,10 @@ class Transform(Protocol):
     what three stacks of one give; the same input and state give the same output.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Key of the state."""
+        ...
 
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return the state for a stack; every tensor has the leading axis N."""

@@ -1,17 +1,88 @@
 """Adam with decoupled weight decay."""
 
-import torch
+from __future__ import annotations
 
-from lightning_mup.core.method import Method, Size
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_mup.core.method import Decay, Method, Settings, Size
+from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.transform import Transform
+from lightning_mup.transforms.adam import Adam as AdamTransform
+
+
+def _chain(settings: Settings) -> Transform:
+    return AdamTransform(settings["betas"], settings["eps"])
+
+
+class AdamW(StackedOptimizer):
+    """Adam with weight decay outside of the update, independent of the learning rate by default.
+
+    Args:
+        params: parameters, ``named_parameters()``, or groups; see :class:`~lightning_mup.StackedOptimizer`.
+        lr: learning rate (>= 0).
+        betas: decay rates of the averages of gradients and of their squares, each in [0, 1).
+        eps: added to ``sqrt(v_hat)`` (>= 0).
+        graft: method whose length each matrix' update gets, by name; its settings of the same names are shared.
+        graft_eps: added to the norm that is divided by in grafting (>= 0).
+        spectral_norm: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1).
+        weight_decay: see ``decay`` (>= 0).
+        decay: ``"independent"``, ``"coupled"`` or ``"l2"``; see :class:`~lightning_mup.StackedOptimizer`.
+        nonfinite: what to do about a gradient that is not finite: ``"raise"``, ``"skip"`` the step, or ``"ignore"``.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = AdamW([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> _ = optimizer.step()
+        >>> bool((weight < 1).all())
+        True
+
+    Reference:
+        Loshchilov & Hutter 2019 (arXiv:1711.05101), Algorithm 2, where decay follows the schedule alone.
+    """
+
+    def __init__(  # noqa: PLR0913 - the field's settings
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        graft: str | None = None,
+        graft_eps: float = 1e-8,
+        spectral_norm: bool = False,
+        weight_decay: float = 0.0,
+        decay: Decay = "independent",
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "graft": graft,
+            "graft_eps": graft_eps,
+            "spectral_norm": spectral_norm,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "nonfinite": nonfinite,
+        }
+        super().__init__(params, "adamw", settings)
+
 
 # The batch power of epsilon is the authors' code's (sampling noise falls as 1/sqrt(batch)), not in the paper.
-ADAMW = Method(
+METHOD = Method(
     name="adamw",
     update_norm=Power(fan_in=1 / 2, fan_out=1 / 2),
-    optimizers=(torch.optim.AdamW,),
+    optimizers=(torch.optim.AdamW, AdamW),
     eps={"eps": Size(grad=1, factor=Power(batch=-1 / 2))},
     decay="coupled",
-    build=torch.optim.AdamW,
+    chain=_chain,
+    build=AdamW,
     reference="Loshchilov & Hutter 2019 (arXiv:1711.05101); scales as Adam",
 )

@@ -1,14 +1,85 @@
 """Stochastic gradient descent, with or without momentum."""
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from lightning_mup.core.method import Method
+from lightning_mup.core.method import Decay, Method, Settings
+from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.transform import Transform
+from lightning_mup.transforms.momentum import Momentum
 
-SGD = Method(
+
+def _chain(settings: Settings) -> Transform:
+    return Momentum(settings["momentum"], debias=settings["debias"])
+
+
+class SGD(StackedOptimizer):
+    """``U = m / (1 - momentum^t)`` with ``m <- momentum m + (1 - momentum) G``.
+
+    Args:
+        params: parameters, ``named_parameters()``, or groups; see :class:`~lightning_mup.StackedOptimizer`.
+        lr: learning rate (>= 0).
+        momentum: decay rate of the gradients' average, in [0, 1); torch's sum is this over ``1 - momentum``.
+        debias: whether to divide by ``1 - momentum^t``.
+        graft: method whose length each matrix' update gets, by name; its settings of the same names are shared.
+        graft_eps: added to the norm that is divided by in grafting (>= 0).
+        spectral_norm: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1).
+        weight_decay: see ``decay`` (>= 0).
+        decay: ``"independent"``, ``"coupled"`` or ``"l2"``; see :class:`~lightning_mup.StackedOptimizer`.
+        nonfinite: what to do about a gradient that is not finite: ``"raise"``, ``"skip"`` the step, or ``"ignore"``.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = SGD([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> _ = optimizer.step()
+        >>> bool((weight < 1).all())
+        True
+
+    Reference:
+        arXiv:2512.05620, Table 1: learning rate L fan_out/fan_in.
+    """
+
+    def __init__(  # noqa: PLR0913 - the field's settings
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.0,
+        debias: bool = True,
+        graft: str | None = None,
+        graft_eps: float = 1e-8,
+        spectral_norm: bool = False,
+        weight_decay: float = 0.0,
+        decay: Decay = "independent",
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "debias": debias,
+            "graft": graft,
+            "graft_eps": graft_eps,
+            "spectral_norm": spectral_norm,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "nonfinite": nonfinite,
+        }
+        super().__init__(params, "sgd", settings)
+
+
+METHOD = Method(
     name="sgd",
     update_norm=Power(fan_in=1 / 2, fan_out=-1 / 2, depth=-1),
-    optimizers=(torch.optim.SGD,),
-    build=torch.optim.SGD,
+    optimizers=(torch.optim.SGD, SGD),
+    chain=_chain,
+    build=SGD,
     reference="Yang et al. 2022 (arXiv:2203.03466), Table 3; arXiv:2512.05620, Table 1: L fan_out/fan_in",
 )

@@ -16,6 +16,7 @@ class Adam:
     Args:
         betas: decay rates of the gradients' and their squares' averages, each in [0, 1).
         eps: added to ``sqrt(v_hat)`` (>= 0).
+        atan2: whether to take ``atan2(m_hat, sqrt(v_hat))`` instead of the quotient, without an epsilon.
         name: key of the state.
 
     Raises:
@@ -33,6 +34,7 @@ class Adam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    atan2: bool = False
     name: str = "adam"
 
     def __post_init__(self) -> None:
@@ -48,5 +50,7 @@ class Adam:
         (beta1, beta2), t = self.betas, ctx.step
         m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
         v_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2)
-        root_NOI = (v_NOI / (1 - beta2**t)).sqrt_().add_(self.eps)
-        return (m_NOI / (1 - beta1**t)).div_(root_NOI)
+        if self.atan2:
+            return torch.atan2(m_NOI / (1 - beta1**t), (v_NOI / (1 - beta2**t)).sqrt_())
+        root_NOI = v_NOI.sqrt().mul_((1 - beta2**t) ** -0.5).add_(self.eps)
+        return torch.div(m_NOI, root_NOI).mul_(1 / (1 - beta1**t))

@@ -21,10 +21,12 @@ class Shampoo:
 
     Args:
         betas: decay rates of the momentum and of the factors, each in [0, 1).
-        exponent: inverse exponent of each active side (> 0; 1/4 is Shampoo, 1/2 its square).
+        exponent: inverse exponent of each active side, or (output side, input side) (> 0; 1/4 is Shampoo, 1/2 its
+            square).
         matrix_eps: the ridge, absolute or in units of the factor's largest eigenvalue.
         relative_matrix_eps: whether the ridge is relative.
-        start: multiple of the identity that the factors start at; None is ``matrix_eps``.
+        start: multiple of the identity that the factors start at; None is ``matrix_eps``, or 0 if that is
+            relative.
         every: number of steps between renewals (>= 1).
         root: eigendecomposition, or the coupled Newton iteration.
         block_size: largest side of a block; None cuts nothing.
@@ -46,7 +48,7 @@ class Shampoo:
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
-    exponent: float = 0.25
+    exponent: float | tuple[float, float] = 0.25
     matrix_eps: float = 1e-6
     relative_matrix_eps: bool = False
     start: float | None = None
@@ -57,44 +59,59 @@ class Shampoo:
     name: str = "shampoo"
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.exponent <= 0 or self.matrix_eps < 0:
+        if self.every < 1 or min(self._exponents.values()) <= 0 or self.matrix_eps < 0:
             raise ValueError(
                 f"every must be >= 1, exponent > 0 and matrix_eps >= 0, got {self.every}, {self.exponent}, "
                 f"{self.matrix_eps}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be 1 or more, got {self.block_size}; None cuts nothing")
 
     def init(self, param_NOI: torch.Tensor) -> State:
-        """Return momentum, factors and roots of the active sides."""
+        """Return momentum, factors and, where they are kept for further steps, roots of the active sides."""
         blocking = self._blocking(param_NOI)
         number = blocking.count[0] * blocking.count[1]
-        state = {"ema": torch.zeros_like(param_NOI)}
+        start = (0.0 if self.relative_matrix_eps else self.matrix_eps) if self.start is None else self.start
+        state = {"ema": torch.zeros_like(param_NOI)} if self.betas[0] else {}
         for side, size in blocking.sides.items():
             eye = torch.eye(size, dtype=param_NOI.dtype, device=param_NOI.device).repeat(len(param_NOI), number, 1, 1)
-            state[f"root_{side}"] = eye
-            state[f"factor_{side}"] = eye * (self.matrix_eps if self.start is None else self.start)
+            if self.every > 1:
+                state[f"root_{side}"] = eye
+            state[f"factor_{side}"] = eye * start
         return state
 
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the preconditioned momentum."""
         blocking = self._blocking(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
-        sides = list(blocking.sides)
-        for side in sides:
+        roots = {}
+        for side in blocking.sides:
             add_second_moment(state[f"factor_{side}"], g_NBPQ, side, self.betas[1])
             if (ctx.step - 1) % self.every == 0:
-                state[f"root_{side}"].copy_(self._root(state[f"factor_{side}"], ctx.step))
-        m_NOI = state["ema"].lerp_(u_NOI, 1 - self.betas[0]) / (1 - self.betas[0] ** ctx.step)
+                roots[side] = self._root(state[f"factor_{side}"], self._exponents[side], ctx.step)
+                if self.every > 1:
+                    state[f"root_{side}"].copy_(roots[side])
+            else:
+                roots[side] = state[f"root_{side}"]
+        m_NOI = state["ema"].lerp_(u_NOI, 1 - self.betas[0]) if "ema" in state else u_NOI
         out_NBPQ = blocking.cut(m_NOI)
-        if "out" in sides:
-            out_NBPQ = state["root_out"] @ out_NBPQ
-        if "in" in sides:
-            out_NBPQ = out_NBPQ @ state["root_in"]
-        return blocking.merge(out_NBPQ)
+        if "out" in roots:
+            out_NBPQ = roots["out"] @ out_NBPQ
+        if "in" in roots:
+            out_NBPQ = out_NBPQ @ roots["in"]
+        return blocking.merge(out_NBPQ) * (1 / (1 - self.betas[0] ** ctx.step))
 
-    def _root(self, factor_NBDD: torch.Tensor, step: int) -> torch.Tensor:
+    @property
+    def _exponents(self) -> dict[str, float]:
+        out, into = self.exponent if isinstance(self.exponent, tuple) else (self.exponent, self.exponent)
+        return {"in": into, "out": out}
+
+    def _root(self, factor_NBDD: torch.Tensor, exponent: float, step: int) -> torch.Tensor:
         corrected = (factor_NBDD / (1 - self.betas[1] ** step)).flatten(0, 1)
         root = inverse_root(
-            corrected, self.exponent, damping=self.matrix_eps, relative=self.relative_matrix_eps, method=self.root
+            corrected, exponent, damping=self.matrix_eps, relative=self.relative_matrix_eps, method=self.root
         )
         return root.view_as(factor_NBDD)
 

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 import lightning_mup.transforms as home
+from lightning_mup.core.graft import Graft
+from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
 from lightning_mup.core.transform import Context, State, Transform
 from lightning_mup.transforms.adam import Adam
-from lightning_mup.transforms.graft import Graft
 from lightning_mup.transforms.momentum import Momentum
 from lightning_mup.transforms.normalize_entries import NormalizeEntries
 from lightning_mup.transforms.orthogonalize import Orthogonalize
-from lightning_mup.transforms.rms_normalize import RmsNormalize
 from lightning_mup.transforms.shampoo import Shampoo
 from lightning_mup.transforms.soap import Soap
-from lightning_mup.transforms.spectral_normalize import SpectralNormalize
 
 TRANSFORMS: dict[str, Transform] = {
     "momentum": Momentum(0.9, debias=True, nesterov=True),

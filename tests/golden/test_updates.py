@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_mup.core.graft import Graft
+from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
 from lightning_mup.core.transform import Context, Transform, chain
 from lightning_mup.transforms.adam import Adam
-from lightning_mup.transforms.graft import Graft
 from lightning_mup.transforms.momentum import Momentum
 from lightning_mup.transforms.normalize_entries import NormalizeEntries
 from lightning_mup.transforms.orthogonalize import Orthogonalize
-from lightning_mup.transforms.rms_normalize import RmsNormalize
 from lightning_mup.transforms.shampoo import Shampoo
 from lightning_mup.transforms.soap import Soap
-from lightning_mup.transforms.spectral_normalize import SpectralNormalize
 
 HERE = Path(__file__).parent
 CASES = [c for c in json.loads((HERE / "manifest.json").read_text())["cases"] if c["kind"] != "parameter_trajectory"]

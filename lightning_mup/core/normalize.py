@@ -1,4 +1,4 @@
-"""Updates of fixed spectral norm, by power iteration that goes on from step to step."""
+"""Updates of fixed size: spectral norm by power iteration that goes on from step to step, or root mean square."""
 
 from __future__ import annotations
 
@@ -61,3 +61,32 @@ class SpectralNormalize:
         wanted = (u_NOI.shape[-2] / u_NOI.shape[-1]) ** 0.5
         scale_N11: torch.Tensor = (wanted / (sigma_N + _EPS)).view(-1, 1, 1)
         return u_NOI * scale_N11
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNormalize:
+    """``u / rms(u)``, or ``u / (sqrt(fan_in) rms(u))`` where the inputs add up.
+
+    Args:
+        over_inputs: whether to divide by ``sqrt(fan_in)``, too; embeddings, which look rows up, do not.
+        name: key of the state, of which there is none.
+
+    Examples:
+        >>> RmsNormalize().update(torch.tensor([[[3.0, -3.0]]]), {}, Context(step=1))
+        tensor([[[ 1., -1.]]])
+
+    Reference:
+        arXiv:2512.05620, App. F.
+    """
+
+    over_inputs: bool = False
+    name: str = "rms_normalize"
+
+    def init(self, param_NOI: torch.Tensor) -> State:
+        """Return nothing: there is no state."""
+        return {}
+
+    def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
+        """Return the stack at fixed root mean square."""
+        rms_N11 = u_NOI.square().mean((-2, -1), keepdim=True).sqrt() + _EPS
+        return u_NOI / (rms_N11 * u_NOI.shape[-1] ** 0.5 if self.over_inputs else rms_N11)

@@ -1,0 +1,378 @@
+"""StackedOptimizer: matrices of one shape are stacked, and each transform runs once per stack.
+
+Shapes: N matrices of a stack, O outputs (rows), I inputs (columns).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_mup.core.graft import Graft
+from lightning_mup.core.method import Decay, Method, find_method
+from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
+from lightning_mup.core.registry import near
+from lightning_mup.core.spec import Role
+from lightning_mup.core.stack import Arrangement, Stack
+from lightning_mup.core.transform import Chain, Context, Transform
+
+Group = dict[str, Any]
+NonFinite = Literal["raise", "skip", "ignore"]
+_COMMON = ("lr", "weight_decay", "decay", "nonfinite", "graft", "graft_eps", "spectral_norm")
+_FRACTION = 0.01  # removed per step, it halves a weight every 69 steps: nobody means that
+
+
+class StackedOptimizer(Optimizer):
+    """Base of this package's optimizers, each a declared :class:`Method` whose chain of transforms it runs.
+
+    One step of a matrix W with gradient G: ``U = chain(G)``, then ``W <- W - lr U - decay``, where ``decay`` is
+
+    - ``"independent"``: ``s weight_decay W``, with the schedule ``s = lr / (the group's lr when it was added)``;
+    - ``"coupled"``: ``lr weight_decay W``, as in torch's AdamW;
+    - ``"l2"``: none here, but ``weight_decay W`` is added to G, as in torch's Adam.
+
+    Parameters of one shape, dtype and device in one group are one stack. State is created at once, lives in float32 at
+    least, and is found in ``state[parameter]`` under names by meaning (``momentum/ema``), so that checkpoints know
+    nothing of stacks. A group may further say:
+
+    - ``method`` and that method's settings: one optimizer holds several (``{"params": ..., "method": "adam"}``);
+    - ``role``: of its parameters, for methods that leave some roles to another; parameters of one axis are vectors;
+    - ``axes``, ``split``, ``lookup``: how parameters are matrices, if not ``(out, in, ...)``; for ``nn.Embedding``,
+      ``{"axes": ((1,), (0,)), "lookup": True}``. :class:`lightning_mup.Parametrize` says all of this by itself.
+
+    Args:
+        params: parameters, ``named_parameters()``, or groups of either.
+        method: name of the method of groups that name none.
+        settings: the method's settings, ``lr`` among them.
+
+    Raises:
+        ValueError: a setting is unknown or out of range, or a gradient is not finite (``nonfinite="raise"``).
+        TypeError: a parameter is not of a floating-point dtype, or a gradient is sparse.
+
+    Examples:
+        >>> from lightning_mup import Muon
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> optimizer = Muon(layer.named_parameters(), lr=0.1)
+        >>> layer(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[layer.weight]), sorted(optimizer.state[layer.bias])
+        (['momentum/ema', 'step'], ['adam/m', 'adam/v', 'step'])
+
+    Reference:
+        arXiv:2512.05620, App. F: optimizer, normalization, learning rate, weight decay, schedule, in this order.
+    """
+
+    def __init__(self, params: ParamsT, method: str, settings: Mapping[str, Any]) -> None:
+        self._method = find_method(method)
+        self._stacks: dict[int, list[Stack]] = {}
+        super().__init__(params, dict(settings))
+
+    # -- groups and stacks ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, fill in its method's defaults, and create its state."""
+        own = self._method if "method" not in param_group else find_method(param_group["method"])
+        group = dict(param_group)
+        if own is not self._method:
+            defaults = {**own.defaults, **{key: self.defaults[key] for key in _COMMON if key in self.defaults}}
+            group = {**defaults, **group}
+        _check_names(group, {**self.defaults, **own.defaults}, own)
+        group.setdefault("method", own.name)
+        known = len(self.param_groups)
+        super().add_param_group(group)
+        for added in self.param_groups[known:]:  # several where a plan splits it
+            added.setdefault("lr_scheduled_from", float(added["lr"]))
+            for key in self.defaults.keys() - set(_COMMON) - find_method(added["method"]).defaults.keys():
+                added.pop(key, None)
+            _check_values(added)
+            self._create(added)
+
+    def _create(self, group: Group) -> None:
+        for stack in self._stacks_of(group):
+            stack.adopt(self.state)
+
+    def _stacks_of(self, group: Group) -> list[Stack]:
+        """Return the stacks of a group; they are made anew where parameters moved to another device or dtype."""
+        stacks = self._stacks.get(id(group))
+        if stacks is None or any(stack.moved for stack in stacks):
+            stacks = self._stack(group)
+            self._stacks[id(group)] = stacks
+        return stacks
+
+    def _stack(self, group: Group) -> list[Stack]:
+        parts: dict[tuple[object, ...], list[Tensor]] = {}
+        for p in group["params"]:
+            routed = _method_of(group, p)
+            arrangement = Arrangement.of(p, group)
+            parts.setdefault((routed.name, arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
+        return [
+            Stack(
+                params,
+                [Arrangement.of(p, group) for p in params],
+                str(key[0]),
+                self._chain(group, str(key[0]), params[0]),
+            )
+            for key, params in parts.items()
+        ]
+
+    def _chain(self, group: Group, name: str, param: Tensor) -> Transform:
+        return build_chain(find_method(name), settings_of(group, name), vector=is_vector(param))
+
+    # -- stepping -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; parameters without a gradient stay, and so does their state.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            ValueError: a gradient is not finite and the group says ``nonfinite="raise"``; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._may_step():
+            for group in self.param_groups:
+                self._step_group(group)
+        return loss
+
+    def _may_step(self) -> bool:
+        """Whether all gradients are finite, where the groups want that checked: one reduction for all of them."""
+        checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
+        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise TypeError(
+                f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
+            )
+        if not grads or all_finite(grads):
+            return True
+        bad = [(g, i) for g in checked for i, p in enumerate(g["params"]) if not all_finite([p.grad])]
+        if all(group["nonfinite"] == "skip" for group, _ in bad):
+            return False
+        group, i = bad[0]
+        name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {group.get('name', 0)}"
+        raise ValueError(
+            f"the gradient of {name!r} is not finite (and those of {len(bad) - 1} others); nothing was changed. Look at "
+            f"the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
+        )
+
+    def _step_group(self, group: Group) -> None:
+        params: list[Tensor] = []
+        updates: list[Tensor] = []
+        for stack in self._stacks_of(group):
+            stack.adopt(self.state)
+            transform = self._chain(group, stack.method, stack.params[0])
+            l2 = group["weight_decay"] if group["decay"] == "l2" else 0.0
+            for members, step in stack.parts():
+                with full_precision(stack.device):
+                    u_NOI = stack.run(transform, members, Context(step), l2)
+                chosen = [stack.params[i] for i in members]
+                params += chosen
+                updates += stack.split(u_NOI, members)
+        if params:
+            _apply(params, updates, group["lr"], decay_per_lr(group))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, whatever it was stacked with, at full precision.
+
+        Raises:
+            ValueError: the groups or the state's names do not fit.
+        """
+        seen: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch casts state to the parameter's dtype, which halves the digits of a bfloat16 parameter's.
+        ours = [p for group in self.param_groups for p in group["params"]]
+        theirs = [key for group in seen["param_groups"] for key in group["params"]]
+        for p, key in zip(ours, theirs, strict=True):
+            if key in seen["state"]:
+                self.state[p] = dict(seen["state"][key])
+        self._restack()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back from a pickle or a copy: stacks are made anew around the state."""
+        super().__setstate__(state)
+        self._stacks = {}
+        if "_method" not in self.__dict__:
+            self._method = find_method(self.param_groups[0]["method"])
+
+    def _restack(self) -> None:
+        self._stacks = {}
+        for group in self.param_groups:
+            self._create(group)
+
+
+def build_chain(method: Method, settings: Mapping[str, Any], *, vector: bool = False) -> Transform:
+    """Return a method's transform under settings, with grafting and normalization around it.
+
+    Raises:
+        ValueError: the method has no chain, hence is none of this package's.
+
+    Examples:
+        >>> method = find_method("muon")
+        >>> [
+        ...     t.name
+        ...     for t in build_chain(method, {**method.defaults, "graft": "adam", "spectral_norm": True}).transforms
+        ... ]
+        ['graft', 'spectral_normalize']
+    """
+    core = _chain_of(method, settings)
+    parts = core.transforms if isinstance(core, Chain) else (core,)
+    if donor := settings.get("graft"):
+        given = find_method(donor)
+        shared = {key: settings[key] for key in given.defaults if key in settings}
+        magnitude = _chain_of(given, {**given.defaults, **shared})
+        parts = (Graft(magnitude=magnitude, direction=core, eps=settings["graft_eps"]),)
+    if settings.get("spectral_norm") and not vector:
+        # A looked-up row is a matrix of its own, 1 x width, whose spectral norm is its length.
+        parts = (*parts, RmsNormalize() if settings.get("lookup") else SpectralNormalize())
+    return Chain(parts)
+
+
+def _chain_of(method: Method, settings: Mapping[str, Any]) -> Transform:
+    if method.chain is None:
+        raise ValueError(
+            f"method {method.name!r} is declared for another optimizer class and has no chain; give chain="
+        )
+    return method.chain(settings)
+
+
+def settings_of(group: Group, name: str) -> Group:
+    """Return the settings of a method in a group: the group's own, or, where it is routed to, those named after it."""
+    if name == group["method"]:
+        return group
+    common = {key: group[key] for key in (*_COMMON, "lookup") if key in group}
+    return {**find_method(name).defaults, **common, "graft": None, **(group.get(name) or {})}
+
+
+def is_vector(param: Tensor) -> bool:
+    """Whether a parameter has no matrix shape."""
+    return param.dim() < 2
+
+
+def _method_of(group: Group, param: Tensor) -> Method:
+    method = find_method(group["method"])
+    routes = {**method.routes, **{Role(role): name for role, name in (group.get("routes") or {}).items()}}
+    role = group.get("role")
+    if is_vector(param):
+        role = Role.VECTOR
+    if not role or role in ("frozen", "empty") or Role(role) not in routes:
+        return method
+    return find_method(routes[Role(role)])
+
+
+def all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all entries are finite, with one wait for the device.
+
+    Examples:
+        >>> all_finite([torch.ones(2)]), all_finite([torch.ones(2), torch.tensor([float("nan")])])
+        (True, False)
+    """
+    present = [t for t in tensors if t is not None]
+    # The sum of an infinity and its negative is NaN, so one number tells; max-norms do not overflow as squares do.
+    norms = torch._foreach_norm(present, ord=float("inf")) if present else ()
+    device = present[0].device if present else None
+    return not norms or bool(torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite().all())
+
+
+def decay_per_lr(group: Group) -> float:
+    """Return what is removed per unit of learning rate: the coupled weight decay that does what the group says.
+
+    Examples:
+        >>> decay_per_lr({"decay": "independent", "weight_decay": 1e-3, "lr": 0.05, "lr_scheduled_from": 0.1})
+        0.01
+    """
+    if not group["weight_decay"] or group["decay"] == "l2":
+        return 0.0
+    peak = group["lr_scheduled_from"] * group.get("lr_mult", 1.0)
+    return float(group["weight_decay"] / (peak if group["decay"] == "independent" else 1.0))
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute without autocast and TF32 inside: roots and factors lose their digits in either, whatever the model uses.
+
+    Examples:
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        if before != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def _apply(params: list[Tensor], updates: list[Tensor], lr: float | Tensor, decay: float) -> None:
+    if decay:
+        torch._foreach_add_(updates, params, alpha=decay)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_sub_(params, updates)
+    else:
+        torch._foreach_add_(params, updates, alpha=-lr)
+
+
+def _check_names(group: Group, known: Mapping[str, Any], method: Method) -> None:
+    allowed = {*known, "params", "param_names", "name", "initial_lr", "method", "role", "routes", "axes", "split"}
+    allowed |= {"lookup", "lr_at_base", "lr_mult", "lr_given", "given_group", "lr_scheduled_from"}
+    for key in group:
+        if key not in allowed:
+            raise ValueError(
+                f"unknown setting {key!r} of method {method.name!r}; available: {', '.join(sorted(known))}"
+                f"{near(str(key), sorted(allowed))}"
+            )
+
+
+def _check_values(group: Group) -> None:
+    for key, allowed in (("decay", get_args(Decay)), ("nonfinite", get_args(NonFinite))):
+        if group[key] not in allowed:
+            raise ValueError(f"{key} must be one of {allowed}, got {group[key]!r}{near(str(group[key]), allowed)}")
+    if not float(group["lr"]) >= 0 or not group["weight_decay"] >= 0:
+        raise ValueError(f"lr and weight_decay must be >= 0, got {group['lr']} and {group['weight_decay']}")
+    if group["decay"] == "independent" and group["weight_decay"] and not group["lr_scheduled_from"]:
+        raise ValueError(
+            f"independent weight decay follows lr / (the lr that the group was given), which is 0, got weight_decay="
+            f"{group['weight_decay']}; give the peak learning rate and let a scheduler lower it"
+        )
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(f"parameters must be of a floating-point dtype, got {p.dtype}; leave such ones out")
+    build_chain(find_method(group["method"]), group)
+    if said := warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"])):
+        warnings.warn(said, stacklevel=4)
+
+
+def warn_about_decay(weight_decay: float, decay: str, lr: float) -> str | None:
+    """Return what to warn of where a weight decay looks like torch's, which is multiplied by the learning rate.
+
+    Examples:
+        >>> warn_about_decay(1e-4, "independent", 1e-3) is None
+        True
+    """
+    if decay != "independent" or weight_decay < _FRACTION:
+        return None
+    return (
+        f"weight_decay={weight_decay} removes {weight_decay:.0%} of every weight at each step, since it is independent of "
+        f"the learning rate; for torch's convention give decay='coupled', or weight_decay={weight_decay * lr:.2g}"
+    )
