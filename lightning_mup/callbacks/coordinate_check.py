@@ -26,7 +26,7 @@ from lightning_mup.callbacks.probe import seed_all
 from lightning_mup.callbacks.watch import Forward, Watch
 from lightning_mup.core.base import Base, built
 from lightning_mup.core.infer import RoleLike, infer
-from lightning_mup.core.method import Method
+from lightning_mup.core.method import Method, find_method
 from lightning_mup.core.scaling import Choices, RulesLike
 
 FILE = "coordinate_check.csv"
@@ -149,6 +149,7 @@ class Sweep:
             trainings, or a LightningDataModule; None takes the modules' own ``train_dataloader``.
         tolerance: largest slope that passes; None means 0.1 for width and 0.15 for depth.
         weight_decay: fraction of a weight removed per step at the base, for ``method``.
+        options: further arguments of the optimizer of ``method``.
         choices: what else :class:`~lightning_mup.callbacks.parametrize.Parametrize` is to be told.
         updates: whether to check the updates' spectral norms, too.
         accelerator: Lightning's ``accelerator``; one device is used.
@@ -163,6 +164,7 @@ class Sweep:
     data: object = None
     tolerance: float | None = None
     weight_decay: float = 0.0
+    options: Mapping[str, object] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
     updates: bool = True
     accelerator: str = "auto"
@@ -293,6 +295,7 @@ class _Runs:
             method=self.method,
             lr=self.lr,
             weight_decay=self.sweep.weight_decay,
+            options=self.options(),
             roles=self.roles(size),
             branches=choices.branches,
             forward=choices.forward,
@@ -300,6 +303,12 @@ class _Runs:
             batch=choices.batch,
             multipliers=choices.multipliers,
         )
+
+    def options(self) -> dict[str, object]:
+        method = None if self.method is None else find_method(self.method)
+        # Divergence is what the check is there to show, rather than to stop at.
+        shown = {"nonfinite": "ignore"} if method and "nonfinite" in method.defaults else {}
+        return {**shown, **self.sweep.options}
 
     def roles(self, size: int) -> Mapping[str, RoleLike]:
         """At the smallest width nothing grows: there rate multipliers by role need what the next width tells."""

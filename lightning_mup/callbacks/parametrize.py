@@ -119,7 +119,8 @@ class Parametrize(Callback):
         self.lr, self.weight_decay = lr, weight_decay
         self.options, self.schedule = dict(options or {}), schedule
         self.initialize, self.seed = initialize, seed
-        self.declare = {cls: found for found in declare for cls in found.optimizers}
+        own = [method] if isinstance(method, Method) else []
+        self.declare = {cls: found for found in (*own, *declare) for cls in found.optimizers}
         self.plan: Plan | None = None
         self._scaling: Scaling | None = None
         self._base: Base | None = None

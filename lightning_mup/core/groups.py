@@ -132,7 +132,7 @@ class GroupSplitter:
             parameter = entry[1] if isinstance(entry, tuple) else entry
             found = self._routed(parameter, method, settings, optimizer)
             param = self._plan_of(parameter, *found, optimizer)
-            key = _key(param)
+            key = _key(param, stacked=isinstance(optimizer, StackedOptimizer))
             params[key], own[key] = param, found[1]
             parts.setdefault(key, []).append(entry)
         taken = {str(other["name"]) for other in optimizer.param_groups}
@@ -159,11 +159,14 @@ class GroupSplitter:
         spec = self._specs.get(self._names.get(id(parameter), ""))
         if spec is None or not isinstance(optimizer, StackedOptimizer):
             return method, settings
-        stated = find_method(settings["method"])
+        # A declaration that was given goes before the registered one of that name.
+        stated = method if settings["method"] == optimizer.method else find_method(settings["method"])
         routes = {**stated.routes, **{Role(role): name for role, name in (settings.get("routes") or {}).items()}}
-        routed = find_method(routes.get(spec.role, stated.name))
-        own = settings if routed is stated else settings_of(settings, routed.name)
-        return routed, {**own, "method": routed.name, "axes": spec.axes, "split": spec.split, "lookup": spec.lookup}
+        arranged = {"axes": spec.axes, "split": spec.split, "lookup": spec.lookup}
+        if spec.role not in routes:
+            return stated, {**settings, **arranged}
+        routed = find_method(routes[spec.role])
+        return routed, {**settings_of(settings, routed.name), **arranged, "method": routed.name}
 
     def _method(self, optimizer: Optimizer) -> Method:
         own = (self._declare[cls] for cls in type(optimizer).__mro__ if cls in self._declare)
@@ -257,11 +260,11 @@ def _unmultiplied(groups: list[Group]) -> bool:
     return len(multipliers) > 1 or math.isclose(factors[0], 1.0)
 
 
-def _key(param: ParamPlan | None) -> tuple[object, ...]:
+def _key(param: ParamPlan | None, *, stacked: bool) -> tuple[object, ...]:
     if param is None:
         return ()
     spec = param.spec
-    own = (param.method, spec.axes, spec.split, spec.lookup) if find_method(param.method).chain else ()
+    own = (param.method, spec.axes, spec.split, spec.lookup) if stacked else ()
     return (spec.role, param.lr, param.group_weight_decay, *param.eps.values(), *own)
 
 

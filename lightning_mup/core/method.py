@@ -151,10 +151,13 @@ class Method:
             # The direction's norm, over which the graft divides; the batch power is that of the authors' code.
             factor = own / GRADIENT**degree * Power(batch=-(degree + 1) / 2)
             found = {**find_method(settings["graft"]).eps, **found, "graft_eps": Size(grad=degree, factor=factor)}
-        return {key: size(spec, settings) if callable(size) else size for key, size in found.items()}
+        full = {**self.defaults, **settings}
+        return {key: size(spec, full) if callable(size) else size for key, size in found.items()}
 
     def _own(self, spec: ParamSpec, settings: Settings) -> Power:
-        return self.update_norm if isinstance(self.update_norm, Power) else self.update_norm(spec, settings)
+        if isinstance(self.update_norm, Power):
+            return self.update_norm
+        return self.update_norm(spec, {**self.defaults, **settings})
 
 
 @cache

@@ -74,6 +74,11 @@ class StackedOptimizer(Optimizer):
         self._stacks: dict[int, list[Stack]] = {}
         super().__init__(params, dict(settings))
 
+    @property
+    def method(self) -> str:
+        """Name of the method of groups that name none."""
+        return self._method.name
+
     # -- groups and stacks ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
@@ -162,8 +167,8 @@ class StackedOptimizer(Optimizer):
         group, i = bad[0]
         name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {group.get('name', 0)}"
         raise ValueError(
-            f"the gradient of {name!r} is not finite (and those of {len(bad) - 1} others); nothing was changed. Look at "
-            f"the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
+            f"the gradient of {name!r} is not finite (and those of {len(bad) - 1} others); nothing was changed. Look "
+            f"at the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
         )
 
     def _step_group(self, group: Group) -> None:
@@ -373,6 +378,6 @@ def warn_about_decay(weight_decay: float, decay: str, lr: float) -> str | None:
     if decay != "independent" or weight_decay < _FRACTION:
         return None
     return (
-        f"weight_decay={weight_decay} removes {weight_decay:.0%} of every weight at each step, since it is independent of "
-        f"the learning rate; for torch's convention give decay='coupled', or weight_decay={weight_decay * lr:.2g}"
+        f"weight_decay={weight_decay} removes {weight_decay:.0%} of every weight at each step, since it is independent "
+        f"of the learning rate; for torch's convention give decay='coupled', or weight_decay={weight_decay * lr:.2g}"
     )

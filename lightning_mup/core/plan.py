@@ -136,7 +136,7 @@ class Plan:
             >>> from lightning_mup import plan
             >>> one, two = (plan(nn.Linear(8, 64), base=lambda n=n: nn.Linear(8, n), method="sgd") for n in (16, 32))
             >>> one.diff(two.rows())[-1]
-            'bias: group_weight_decay 0.0625 (other: 0.25)'
+            'bias: group_weight_decay 0.25 (other: 0.5)'
         """
         mine, theirs = ({str(row["name"]): row for row in rows} for rows in (self.rows(), other))
         lines = [f"{name}: only here" for name in mine if name not in theirs]

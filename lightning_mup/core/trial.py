@@ -55,7 +55,8 @@ def run(factory: Factory, trial: Trial, steps: int, own_factor: OwnFactor | None
     """
     torch.manual_seed(0)  # for an optimizer that draws; the caller's state comes back afterwards
     draw = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(trial.fan_out, trial.fan_in, generator=draw)
+    # In float64, since optimizers that normalize each direction blow rounding errors up to full size.
+    values = torch.randn(trial.fan_out, trial.fan_in, generator=draw, dtype=torch.float64)
     weight = nn.Parameter(values * (trial.weight / values.square().mean().sqrt()))
     optimizer = checked(factory([weight]))
     group = optimizer.param_groups[0]
@@ -81,12 +82,12 @@ def _gradients(trial: Trial, steps: int, draw: torch.Generator) -> Iterator[Tens
     # The same coefficients at every size: they are noise that the fit need not see.
     draw_alike = torch.Generator("cpu").manual_seed(1)
     for _ in range(steps):
-        yield (errors * (0.5 + torch.rand(SAMPLES, generator=draw_alike))) @ inputs.T
+        yield (errors * (0.5 + torch.rand(SAMPLES, generator=draw_alike, dtype=torch.float64))) @ inputs.T
 
 
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Return one column per sample, entries of RMS 1; orthogonal, so that their overlaps do not depend on the size."""
-    columns, _ = torch.linalg.qr(torch.randn(size, SAMPLES, generator=generator))
+    columns, _ = torch.linalg.qr(torch.randn(size, SAMPLES, generator=generator, dtype=torch.float64))
     return torch.mul(columns, math.sqrt(size))
 
 

@@ -34,6 +34,7 @@ class AdamAtan2(StackedOptimizer):
         ValueError: a setting is unknown or out of range.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2, 2))
         >>> optimizer = AdamAtan2([weight], lr=0.1)
         >>> weight.square().sum().backward()

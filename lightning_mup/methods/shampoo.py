@@ -80,6 +80,7 @@ class Shampoo(StackedOptimizer):
         ValueError: a setting is unknown or out of range.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2, 2))
         >>> optimizer = Shampoo([weight], lr=0.1)
         >>> weight.square().sum().backward()

@@ -81,6 +81,7 @@ class SOAP(StackedOptimizer):
         ValueError: a setting is unknown or out of range.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2, 2))
         >>> optimizer = SOAP([weight], lr=0.1)
         >>> weight.square().sum().backward()

@@ -46,7 +46,7 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], Words]] = {
     "negative decay": ({"method": "adamw", "lr": 0.1, "weight_decay": -0.1}, [">= 0", "got -0.1"]),
     "decay of adam": ({"method": "adam", "lr": 0.1, "weight_decay": 0.1}, ["0.1", "adam", "method='adamw'"]),
     "unknown method": ({"method": "adamm", "lr": 0.1}, ["'adamm'", "available", "did you mean 'adam'"]),
-    "not to be supplied": ({"method": "adagrad", "lr": 0.1}, ["'adagrad'", "available: adam, adamw, sgd", "leave"]),
+    "not to be supplied": ({"method": "adagrad", "lr": 0.1}, ["'adagrad'", "available: adam, adam_atan2", "leave"]),
     "initialize": ({"initialize": "scaled"}, ["'scale', 'draw' or 'keep'", "'scaled'"]),
     "multipliers": ({"multipliers": "folded"}, ["'fold' or 'hook'", "'folded'"]),
     "batch": ({"batch": (0, 8)}, ["batch size", r"\(0, 8\)"]),

@@ -106,6 +106,6 @@ def test_folded_and_hooked_train_alike(name: str, rules: str, optimizer: str) ->
 
 
 def test_a_wrong_exponent_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mup.core.method.Method.fold_exponent", lambda self, spec: 0.0)
+    monkeypatch.setattr("lightning_mup.core.method.Method.fold_exponent", lambda self, spec, settings: 0.0)
     with pytest.raises(AssertionError):
         test_folded_and_hooked_train_alike("residual", "complete_p", "sgd")

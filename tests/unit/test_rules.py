@@ -29,13 +29,15 @@ def spec(role: Role, fan_in: int, fan_out: int, depth: int = 1, *, branch: bool 
 def planned(rules: object, method: str, of: ParamSpec, choices: Choices | None = None) -> ParamPlan:
     scaling = Scaling((of,), find_rules(rules), choices or Choices(), {}, {})  # type: ignore[arg-type]
     found = all_methods()[method]
-    return scaling.param(of, found, dict.fromkeys(found.eps, 1.0))
+    torch_muon = {"adjust_lr_fn": None} if method == "muon" else {}
+    return scaling.param(of, found, {**dict.fromkeys(found.eps, 1.0), **torch_muon})
 
 
 def test_every_rule_and_method_is_found() -> None:
     assert set(all_rules()) == {"sp", "mup", "ntk", "mean_field", "complete_p", "depth_mup", "sp_per_layer"}
     assert set(all_methods()) == {
-        *("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adafactor", "muon")
+        *("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adafactor"),
+        *("adam_atan2", "muon", "muon_adam", "adamuon", "shampoo", "shampoo2", "soap"),
     }
     assert all(rules.reference for rules in all_rules().values())
     assert all(method.reference for method in all_methods().values())
@@ -221,13 +223,13 @@ def test_folding_is_training_the_bare_weight_under_a_hook(rules: str) -> None:
     assert folded.group_weight_decay == hooked.group_weight_decay / a**2
 
 
-@pytest.mark.parametrize("settings", [{"eps": 1.0}, {"eps": 1.0, "adjust_lr_fn": "match_rms_adamw"}])
+@pytest.mark.parametrize("settings", [{"adjust_lr_fn": None}, {"adjust_lr_fn": "match_rms_adamw"}])
 def test_own_factors_see_fused_matrices_whole(settings: dict[str, object]) -> None:
     """torch's Muon looks at the tensor's shape, [3 fan_out, fan_in]."""
     of = ParamSpec("w", Role.HIDDEN, (96, 64), Dim(64, 16), Dim(32, 32), split=3)  # 96 x 64, at the base 96 x 16
     made = Scaling((of,), find_rules("mup"), Choices(), {}, {}).param(of, all_methods()["muon"], settings)
     wanted = 4**-0.5  # sqrt(fan_out/fan_in)
-    before = 1 if "adjust_lr_fn" in settings else (96 / 16) ** 0.5 / (96 / 64) ** 0.5  # base's factor over this one's
+    before = 1 if settings["adjust_lr_fn"] else (96 / 16) ** 0.5 / (96 / 64) ** 0.5  # base's factor over this one's
     assert made.lr == pytest.approx(wanted * before)
 
 
