@@ -311,9 +311,9 @@ class _Runs:
         return {**shown, **self.sweep.options}
 
     def roles(self, size: int) -> Mapping[str, RoleLike]:
-        """At the smallest width nothing grows: there rate multipliers by role need what the next width tells."""
+        """At the smallest width nothing grows: what is chosen by role there needs what the next width tells."""
         given = self.sweep.choices.roles
-        if self.axis == "depth" or size != self.sizes[0] or not self.sweep.choices.lr_multipliers:
+        if self.axis == "depth" or size != self.sizes[0]:
             return given
         with isolate_rng():
             wider, base = built(self.build(self.sizes[1])), Base.of(built(self.build(size)))

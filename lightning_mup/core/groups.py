@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_mup.core.method import Method, find_method, method_of
 from lightning_mup.core.optimizer import StackedOptimizer, settings_of
 from lightning_mup.core.plan import EpsValue, ParamPlan
-from lightning_mup.core.scaling import Scaling
+from lightning_mup.core.scaling import Scaling, check_guesses
 from lightning_mup.core.schedules import (
     GIVEN,
     LR_AT_BASE,
@@ -160,9 +160,10 @@ class GroupSplitter:
         if spec is None or not isinstance(optimizer, StackedOptimizer):
             return method, settings
         # A declaration that was given goes before the registered one of that name.
-        stated = method if settings["method"] == optimizer.method else find_method(settings["method"])
+        stated = method if settings["method"] == optimizer.method else optimizer.find(settings["method"])
         routes = {**stated.routes, **{Role(role): name for role, name in (settings.get("routes") or {}).items()}}
         arranged = {"axes": spec.axes, "split": spec.split, "lookup": spec.lookup}
+        check_guesses(f"the routes of method {stated.name!r}", routes, self._scaling.specs)
         if spec.role not in routes:
             return stated, {**settings, **arranged}
         routed = find_method(routes[spec.role])

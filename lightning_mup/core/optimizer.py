@@ -49,7 +49,7 @@ class StackedOptimizer(Optimizer):
 
     Args:
         params: parameters, ``named_parameters()``, or groups of either.
-        method: name of the method of groups that name none.
+        method: the method of groups that name none, by name or, where no entry point offers it, itself.
         settings: the method's settings, ``lr`` among them.
 
     Raises:
@@ -69,7 +69,7 @@ class StackedOptimizer(Optimizer):
         arXiv:2512.05620, App. F: optimizer, normalization, learning rate, weight decay, schedule, in this order.
     """
 
-    def __init__(self, params: ParamsT, method: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, params: ParamsT, method: str | Method, settings: Mapping[str, Any]) -> None:
         self._method = find_method(method)
         self._stacks: dict[int, list[Stack]] = {}
         super().__init__(params, dict(settings))
@@ -79,11 +79,15 @@ class StackedOptimizer(Optimizer):
         """Name of the method of groups that name none."""
         return self._method.name
 
+    def find(self, name: str) -> Method:
+        """Return a method by name; the optimizer's own goes before the registered one of that name."""
+        return self._method if name == self._method.name else find_method(name)
+
     # -- groups and stacks ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, fill in its method's defaults, and create its state."""
-        own = self._method if "method" not in param_group else find_method(param_group["method"])
+        own = self.find(param_group.get("method", self.method))
         group = dict(param_group)
         if own is not self._method:
             defaults = {**own.defaults, **{key: self.defaults[key] for key in _COMMON if key in self.defaults}}
@@ -94,9 +98,10 @@ class StackedOptimizer(Optimizer):
         super().add_param_group(group)
         for added in self.param_groups[known:]:  # several where a plan splits it
             added.setdefault("lr_scheduled_from", float(added["lr"]))
-            for key in self.defaults.keys() - set(_COMMON) - find_method(added["method"]).defaults.keys():
+            for key in self.defaults.keys() - set(_COMMON) - self.find(added["method"]).defaults.keys():
                 added.pop(key, None)
             _check_values(added)
+            build_chain(self.find(added["method"]), added)
             self._create(added)
 
     def _create(self, group: Group) -> None:
@@ -114,7 +119,7 @@ class StackedOptimizer(Optimizer):
     def _stack(self, group: Group) -> list[Stack]:
         parts: dict[tuple[object, ...], list[Tensor]] = {}
         for p in group["params"]:
-            routed = _method_of(group, p)
+            routed = self._routed(group, p)
             arrangement = Arrangement.of(p, group)
             parts.setdefault((routed.name, arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
         return [
@@ -128,7 +133,15 @@ class StackedOptimizer(Optimizer):
         ]
 
     def _chain(self, group: Group, name: str, param: Tensor) -> Transform:
-        return build_chain(find_method(name), settings_of(group, name), vector=is_vector(param))
+        return build_chain(self.find(name), settings_of(group, name), vector=is_vector(param))
+
+    def _routed(self, group: Group, param: Tensor) -> Method:
+        method = self.find(group["method"])
+        routes = {**method.routes, **{Role(role): name for role, name in (group.get("routes") or {}).items()}}
+        role = Role.VECTOR if is_vector(param) else group.get("role")
+        if not role or role in ("frozen", "empty") or Role(role) not in routes:
+            return method
+        return self.find(routes[Role(role)])
 
     # -- stepping -------------------------------------------------------------------------------------------------
 
@@ -209,12 +222,14 @@ class StackedOptimizer(Optimizer):
                 self.state[p] = dict(seen["state"][key])
         self._restack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy takes along."""
+        return {**super().__getstate__(), "_method": self._method}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come back from a pickle or a copy: stacks are made anew around the state."""
         super().__setstate__(state)
         self._stacks = {}
-        if "_method" not in self.__dict__:
-            self._method = find_method(self.param_groups[0]["method"])
 
     def _restack(self) -> None:
         self._stacks = {}
@@ -268,17 +283,6 @@ def settings_of(group: Group, name: str) -> Group:
 def is_vector(param: Tensor) -> bool:
     """Whether a parameter has no matrix shape."""
     return param.dim() < 2
-
-
-def _method_of(group: Group, param: Tensor) -> Method:
-    method = find_method(group["method"])
-    routes = {**method.routes, **{Role(role): name for role, name in (group.get("routes") or {}).items()}}
-    role = group.get("role")
-    if is_vector(param):
-        role = Role.VECTOR
-    if not role or role in ("frozen", "empty") or Role(role) not in routes:
-        return method
-    return find_method(routes[Role(role)])
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
@@ -363,7 +367,6 @@ def _check_values(group: Group) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"parameters must be of a floating-point dtype, got {p.dtype}; leave such ones out")
-    build_chain(find_method(group["method"]), group)
     if said := warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"])):
         warnings.warn(said, stacklevel=4)
 

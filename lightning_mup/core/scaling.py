@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -210,6 +210,7 @@ def plan(
     """
     found = find_method(method)
     scaling = read(model, base, resolve_base(base, model), rules, choices or Choices())
+    check_guesses(f"the routes of method {found.name!r}", found.routes, scaling.specs)
     rows = tuple(_planned(scaling, spec, found, settings or {}) for spec in scaling.specs)
     return Plan(rows, scaling.rules.name)
 
@@ -266,16 +267,25 @@ def _one_eps(size: Size, spec: ParamSpec, row: Row, folded: float, ratios: Ratio
     return scaled * size.folded(folded)
 
 
+def check_guesses(what: str, roles: Iterable[Role], specs: Iterable[ParamSpec]) -> None:
+    """Check that roles which a choice names can be told.
+
+    Raises:
+        ValueError: some role is of matrices, and nothing grows against the base, so that these roles are guesses.
+    """
+    guessed = [spec for spec in specs if not spec.certain]
+    if guessed and {Role.INPUT, Role.HIDDEN, Role.OUTPUT} & set(roles):
+        raise ValueError(
+            f"{what} name roles, but nothing grows against the base, so the roles of {len(guessed)} matrices are "
+            f"guesses; name them: {as_roles_line(guessed)}, or give base={{...}} as hyperparameter overrides"
+        )
+
+
 def _by_role_or_name(
     given: Mapping[str, float], specs: Sequence[ParamSpec], names: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     roles = {Role(key): value for key, value in given.items() if key in _ROLE_WORDS}
-    guessed = [s for s in specs if not s.certain]
-    if guessed and {Role.INPUT, Role.HIDDEN, Role.OUTPUT} & roles.keys():
-        raise ValueError(
-            f"lr_multipliers name roles, but nothing grows against the base, so the roles of {len(guessed)} matrices "
-            f"are guesses; name them: {as_roles_line(guessed)}, or give base={{...}} as hyperparameter overrides"
-        )
+    check_guesses("lr_multipliers", roles, specs)
     unused = [role.value for role in roles if all(s.role is not role for s in specs)]
     if unused:
         raise ValueError(
