@@ -82,7 +82,8 @@ class Blocking:
     def cut(self, x_NOI: torch.Tensor) -> torch.Tensor:
         """Return the blocks [N, B, P, Q], rows of blocks outer, columns inner."""
         (p, q), (a, b) = self.block, self.count
-        padded = F.pad(x_NOI, (0, b * q - self.columns, 0, a * p - self.rows))
+        missing = (0, b * q - self.columns, 0, a * p - self.rows)
+        padded = F.pad(x_NOI, missing) if any(missing) else x_NOI  # to pad by nothing is to copy
         return padded.reshape(-1, a, p, b, q).transpose(2, 3).flatten(1, 2)
 
     def merge(self, x_NBPQ: torch.Tensor) -> torch.Tensor:

@@ -188,7 +188,8 @@ def plan(
         base: the proxy, in any form that :class:`lightning_mup.Parametrize` takes.
         rules: name of the parametrization, or several names to multiply.
         method: name of the optimizer.
-        settings: the optimizer's settings, where they matter (torch Muon's ``adjust_lr_fn``).
+        settings: the optimizer's settings, where they matter (``block_size``; torch Muon's ``adjust_lr_fn``;
+            ``decay="coupled"`` for torch's SGD and AdamW).
         choices: what is to be said beyond.
 
     Raises:

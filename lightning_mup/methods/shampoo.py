@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.blocking import active_sides
-from lightning_mup.core.linalg import RootMethod
+from lightning_mup.core.eigen import RootMethod
 from lightning_mup.core.method import Decay, Method, Settings, Size
 from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
 from lightning_mup.core.power import Power
@@ -62,7 +62,7 @@ class Shampoo(StackedOptimizer):
         relative_matrix_eps: whether the ridge is in units of the largest eigenvalue.
         initial_factor: multiple of the identity that L and R start at; None is ``matrix_eps``, or 0 where that is
             relative.
-        root: ``"eigh"`` or ``"newton"``; see :func:`~lightning_mup.core.linalg.inverse_root`.
+        root: ``"eigh"`` or ``"newton"``; see :func:`~lightning_mup.core.eigen.inverse_root`.
         precondition_every: number of steps between renewals of the preconditioner (>= 1).
         block_size: largest side of a block, each with its own preconditioner; None cuts nothing.
         max_preconditioned_dim: a longer side is not preconditioned; None for no limit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adam import adam
 
 from lightning_mup.core.transform import Context, State
 
@@ -48,9 +49,22 @@ class Adam:
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return Adam's direction."""
         (beta1, beta2), t = self.betas, ctx.step
-        m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
-        v_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2)
         if self.atan2:
-            return torch.atan2(m_NOI / (1 - beta1**t), (v_NOI / (1 - beta2**t)).sqrt_())
-        root_NOI = v_NOI.sqrt().mul_((1 - beta2**t) ** -0.5).add_(self.eps)
-        return torch.div(m_NOI, root_NOI).mul_(1 / (1 - beta1**t))
+            m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
+            root_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2).sqrt()
+            return torch.atan2(m_NOI, root_NOI.mul_((1 - beta1**t) * (1 - beta2**t) ** -0.5), out=root_NOI)
+        # torch's kernel passes over memory once. From zero, at a learning rate of -1, it leaves the direction itself.
+        out_NOI = torch.zeros_like(u_NOI)
+        adam(
+            *([out_NOI], [u_NOI], [state["m"]], [state["v"]], []),
+            [torch.full((), t - 1.0, device=u_NOI.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=-1.0,
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+        return out_NOI

@@ -42,11 +42,21 @@ class Momentum:
             raise ValueError(f"beta must be in [0, 1), got {self.beta}; 0 is no momentum")
 
     def init(self, param_NOI: torch.Tensor) -> State:
-        """Return the average, zero."""
-        return {"ema": torch.zeros_like(param_NOI)}
+        """Return the average, zero; there is none to keep where ``beta`` is 0."""
+        return {"ema": torch.zeros_like(param_NOI)} if self.beta else {}
 
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
-        """Return the average."""
+        """Return the average.
+
+        Raises:
+            ValueError: ``beta`` was 0 when the state was made.
+        """
+        if not self.beta:
+            return u_NOI.clone()
+        if "ema" not in state:
+            raise ValueError(f"momentum was 0 when the state was made, and is {self.beta} now; start with one above 0")
         ema_NOI = state["ema"].lerp_(u_NOI, 1 - self.beta)
-        mixed_NOI = ema_NOI.lerp(u_NOI, 1 - self.beta) if self.nesterov else ema_NOI.clone()
-        return mixed_NOI.div_(1 - self.beta**ctx.step) if self.debias else mixed_NOI
+        mixed_NOI = ema_NOI.lerp(u_NOI, 1 - self.beta) if self.nesterov else ema_NOI
+        if self.debias:
+            return mixed_NOI / (1 - self.beta**ctx.step)
+        return mixed_NOI if self.nesterov else mixed_NOI.clone()

@@ -43,7 +43,8 @@ class NormalizeEntries:
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the normalized stack."""
         v_NOI = state["v"].mul_(self.beta).addcmul_(u_NOI, u_NOI, value=1 - self.beta)
-        out_NOI = u_NOI / (v_NOI / (1 - self.beta**ctx.step)).sqrt_().add_(self.eps)
+        root_NOI = v_NOI.sqrt().mul_((1 - self.beta**ctx.step) ** -0.5).add_(self.eps)
+        out_NOI = torch.div(u_NOI, root_NOI, out=root_NOI)
         if self.rms is None:
             return out_NOI
         size = self.rms * (out_NOI.shape[-2] * out_NOI.shape[-1]) ** 0.5

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from lightning_mup.core.blocking import Blocking
-from lightning_mup.core.linalg import inverse_root
+from lightning_mup.core.eigen import inverse_root
+from lightning_mup.core.linalg import add_symmetric_product
 from lightning_mup.core.transform import Context, State
 
 
@@ -130,4 +131,4 @@ def add_second_moment(factor_NBDD: torch.Tensor, g_NBPQ: torch.Tensor, side: str
     """
     g_BPQ = g_NBPQ.flatten(0, 1)
     left, right = (g_BPQ.mT, g_BPQ) if side == "in" else (g_BPQ, g_BPQ.mT)
-    factor_NBDD.flatten(0, 1).baddbmm_(left, right, beta=beta, alpha=1 - beta)
+    add_symmetric_product(factor_NBDD.flatten(0, 1), left, right, beta=beta, alpha=1 - beta)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lightning_mup.core.blocking import Blocking
-from lightning_mup.core.linalg import eigenbasis, qr_step
+from lightning_mup.core.eigen import eigenbasis, qr_step
 from lightning_mup.core.transform import Context, State
 from lightning_mup.transforms.shampoo import add_second_moment
 
@@ -69,7 +69,10 @@ class Soap:
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return momentum, second moments, and factors and bases of the active sides."""
         blocking = self._blocking(param_NOI)
-        state = {"m": torch.zeros_like(param_NOI), "v": torch.zeros_like(blocking.cut(param_NOI))}
+        v_NBPQ = torch.zeros_like(blocking.cut(param_NOI))
+        # Where the basis stays for several steps, the momentum is kept in it, which saves to turn it at each.
+        momentum = {"m": torch.zeros_like(param_NOI)} if self.every == 1 else {"m_turned": torch.zeros_like(v_NBPQ)}
+        state = {**momentum, "v": v_NBPQ}
         number = blocking.count[0] * blocking.count[1]
         for side, size in blocking.sides.items():
             eye = torch.eye(size, dtype=param_NOI.dtype, device=param_NOI.device).repeat(len(param_NOI), number, 1, 1)
@@ -81,31 +84,36 @@ class Soap:
         (beta1, beta2), t = self.betas, ctx.step
         blocking = self._blocking(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
-        sides = list(blocking.sides)
-        m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
-        for side in sides:
+        for side in blocking.sides:
             add_second_moment(state[f"factor_{side}"], g_NBPQ, side, beta2)
         if t <= max(self.warmup_steps, 1) or t % self.every == 0:
-            for side in sides:
-                self._renew(state, side, t)
-        turned = _turn(g_NBPQ, state)
-        v_NBPQ = state["v"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
-        root = v_NBPQ.sqrt()
-        eps = root[..., :1, :1].clamp_min(_RELATIVE_FLOOR) * self.eps if self.relative_eps else self.eps
-        out_NBPQ = _turn(blocking.cut(m_NOI), state).div_(root + eps)
-        scale = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
-        return blocking.merge(_turn_back(out_NBPQ, state)).mul(scale)
+            self._renew(state, list(blocking.sides), t)
+        turned_NBPQ = _turn(g_NBPQ, state)
+        if "m" in state:
+            m_NBPQ = _turn(blocking.cut(state["m"].lerp_(u_NOI, 1 - beta1)), state)
+        else:
+            m_NBPQ = state["m_turned"].lerp_(turned_NBPQ, 1 - beta1)
+        root_NBPQ = state["v"].mul_(beta2).addcmul_(turned_NBPQ, turned_NBPQ, value=1 - beta2).sqrt()
+        relative = root_NBPQ[..., :1, :1].clamp_min(_RELATIVE_FLOOR) if self.relative_eps else 1.0
+        root_NBPQ += self.eps * relative
+        out_NBPQ = torch.div(m_NBPQ, root_NBPQ, out=root_NBPQ).mul_((1 - beta2**t) ** 0.5 / (1 - beta1**t))
+        return blocking.merge(_turn_back(out_NBPQ, state))
 
-    def _renew(self, state: State, side: str, step: int) -> None:
-        basis, factor = (state[f"{key}_{side}"] for key in ("basis", "factor"))
-        p_BDD = factor.flatten(0, 1).clone()
-        p_BDD.diagonal(dim1=-2, dim2=-1).add_(self.matrix_eps)
+    def _renew(self, state: State, sides: list[str], step: int) -> None:
+        momentum = _turn_back(state["m_turned"], state) if "m_turned" in state else None
+        for side in sides:
+            self._renew_side(state, side, step)
+        if momentum is not None:
+            state["m_turned"].copy_(_turn(momentum, state))
+
+    def _renew_side(self, state: State, side: str, step: int) -> None:
+        basis, factor_BDD = state[f"basis_{side}"], state[f"factor_{side}"].flatten(0, 1)
         in_warmup = step <= self.warmup_steps
         if in_warmup and self.warmup == "eigh":
-            basis.copy_(eigenbasis(p_BDD).view_as(basis))
+            basis.copy_(eigenbasis(factor_BDD).view_as(basis))  # which no ridge changes
             return
         for _ in range(_QR_STEPS if in_warmup else 1):
-            q_BDD, order_BD = qr_step(p_BDD, basis.flatten(0, 1))
+            q_BDD, order_BD = qr_step(factor_BDD, basis.flatten(0, 1), ridge=self.matrix_eps)
             basis.copy_(q_BDD.view_as(basis))
             _reorder(state["v"], order_BD, side)
 

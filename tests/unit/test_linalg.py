@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mup.core.linalg import eigenbasis, inverse_root, newton_schulz, polar, power_iteration, qr_step
+from lightning_mup.core.eigen import eigenbasis, inverse_root, qr_step
+from lightning_mup.core.linalg import newton_schulz, polar, power_iteration
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (12, 5), (5, 12), (16, 16), (64, 32)]
 SIZES = [1, 2, 5, 16, 40]

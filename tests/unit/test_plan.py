@@ -82,8 +82,15 @@ def test_rate_multipliers_by_role(word: str) -> None:
 
 
 def test_rate_multipliers_leave_the_decay_per_step_alone() -> None:
-    plain, scaled = (made(c, method="adamw")["net.2.weight"] for c in (None, Choices(lr_multipliers={"hidden": 8})))
-    assert scaled.lr * scaled.group_weight_decay == pytest.approx(plain.lr * plain.group_weight_decay)
+    plain, scaled = (
+        [
+            plan(mlp(256), lambda: mlp(64), method="adamw", settings={"decay": decay}, choices=c)["net.2.weight"]
+            for decay in ("coupled", "independent")
+        ]
+        for c in (None, Choices(lr_multipliers={"hidden": 8}))
+    )
+    assert scaled[0].lr * scaled[0].group_weight_decay == pytest.approx(plain[0].lr * plain[0].group_weight_decay)
+    assert scaled[1].group_weight_decay == plain[1].group_weight_decay == plain[1].weight_decay
 
 
 @pytest.mark.parametrize(
