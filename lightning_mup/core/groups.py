@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_mup.core.method import Method, find_method, method_of
-from lightning_mup.core.optimizer import StackedOptimizer, settings_of
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.plan import EpsValue, ParamPlan
 from lightning_mup.core.scaling import Scaling, check_guesses
 from lightning_mup.core.schedules import (
@@ -29,6 +29,7 @@ from lightning_mup.core.schedules import (
     per_given_group,
     schedule_at_base,
 )
+from lightning_mup.core.settings import settings_of
 from lightning_mup.core.spec import Role
 
 ROLE = "role"

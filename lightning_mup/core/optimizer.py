@@ -6,9 +6,8 @@ Shapes: N matrices of a stack, O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.graft import Graft
-from lightning_mup.core.method import Decay, Method, find_method
+from lightning_mup.core.method import Method, find_method
 from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
-from lightning_mup.core.registry import near
+from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, settings_of
 from lightning_mup.core.spec import Role
 from lightning_mup.core.stack import Arrangement, Stack
 from lightning_mup.core.transform import Chain, Context, Transform
 
-Group = dict[str, Any]
-NonFinite = Literal["raise", "skip", "ignore"]
-_COMMON = ("lr", "weight_decay", "decay", "nonfinite", "graft", "graft_eps", "spectral_norm")
 _STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
-_FRACTION = 0.01  # removed per step, it halves a weight every 69 steps: nobody means that
 
 
 class StackedOptimizer(Optimizer):
@@ -91,17 +86,17 @@ class StackedOptimizer(Optimizer):
         own = self.find(param_group.get("method", self.method))
         group = dict(param_group)
         if own is not self._method:
-            defaults = {**own.defaults, **{key: self.defaults[key] for key in _COMMON if key in self.defaults}}
+            defaults = {**own.defaults, **{key: self.defaults[key] for key in COMMON if key in self.defaults}}
             group = {**defaults, **group}
-        _check_names(group, {**self.defaults, **own.defaults}, own)
+        check_names(group, {**self.defaults, **own.defaults}, own)
         group.setdefault("method", own.name)
         known = len(self.param_groups)
         super().add_param_group(group)
         for added in self.param_groups[known:]:  # several where a plan splits it
             added.setdefault("lr_scheduled_from", float(added["lr"]))
-            for key in self.defaults.keys() - set(_COMMON) - self.find(added["method"]).defaults.keys():
+            for key in self.defaults.keys() - set(COMMON) - self.find(added["method"]).defaults.keys():
                 added.pop(key, None)
-            _check_values(added)
+            check_values(added)
             build_chain(self.find(added["method"]), added)
             self._create(added)
 
@@ -283,14 +278,6 @@ def _chain_of(method: Method, settings: Mapping[str, Any]) -> Transform:
     return method.chain(settings)
 
 
-def settings_of(group: Group, name: str) -> Group:
-    """Return the settings of a method in a group: the group's own, or, where it is routed to, those named after it."""
-    if name == group["method"]:
-        return group
-    common = {key: group[key] for key in (*_COMMON, "lookup") if key in group}
-    return {**find_method(name).defaults, **common, "graft": None, **(group.get(name) or {})}
-
-
 def is_vector(param: Tensor) -> bool:
     """Whether a parameter has no matrix shape."""
     return param.dim() < 2
@@ -311,19 +298,6 @@ def all_finite(tensors: Sequence[Tensor | None]) -> bool:
 def _finite_norms(tensors: list[Tensor], order: float) -> bool:
     norms = torch._foreach_norm(tensors, ord=order)
     return bool(torch.stack([norm.to(tensors[0].device, torch.float32) for norm in norms]).isfinite().all())
-
-
-def decay_per_lr(group: Group) -> float:
-    """Return what is removed per unit of learning rate: the coupled weight decay that does what the group says.
-
-    Examples:
-        >>> decay_per_lr({"decay": "independent", "weight_decay": 1e-3, "lr": 0.05, "lr_scheduled_from": 0.1})
-        0.01
-    """
-    if not group["weight_decay"] or group["decay"] == "l2":
-        return 0.0
-    peak = group["lr_scheduled_from"] * group.get("lr_mult", 1.0)
-    return float(group["weight_decay"] / (peak if group["decay"] == "independent" else 1.0))
 
 
 @contextlib.contextmanager
@@ -354,47 +328,3 @@ def _apply(params: list[Tensor], updates: list[Tensor], lr: float | Tensor, deca
         torch._foreach_sub_(params, updates)
     else:
         torch._foreach_add_(params, updates, alpha=-lr)
-
-
-def _check_names(group: Group, known: Mapping[str, Any], method: Method) -> None:
-    allowed = {*known, "params", "param_names", "name", "initial_lr", "method", "role", "routes", "axes", "split"}
-    allowed |= {"lookup", "lr_at_base", "lr_mult", "lr_given", "given_group", "lr_scheduled_from"}
-    for key in group:
-        if key not in allowed:
-            raise ValueError(
-                f"unknown setting {key!r} of method {method.name!r}; available: {', '.join(sorted(known))}"
-                f"{near(str(key), sorted(allowed))}"
-            )
-
-
-def _check_values(group: Group) -> None:
-    for key, allowed in (("decay", get_args(Decay)), ("nonfinite", get_args(NonFinite))):
-        if group[key] not in allowed:
-            raise ValueError(f"{key} must be one of {allowed}, got {group[key]!r}{near(str(group[key]), allowed)}")
-    if not float(group["lr"]) >= 0 or not group["weight_decay"] >= 0:
-        raise ValueError(f"lr and weight_decay must be >= 0, got {group['lr']} and {group['weight_decay']}")
-    if group["decay"] == "independent" and group["weight_decay"] and not group["lr_scheduled_from"]:
-        raise ValueError(
-            f"independent weight decay follows lr / (the lr that the group was given), which is 0, got weight_decay="
-            f"{group['weight_decay']}; give the peak learning rate and let a scheduler lower it"
-        )
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise TypeError(f"parameters must be of a floating-point dtype, got {p.dtype}; leave such ones out")
-    if said := warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"])):
-        warnings.warn(said, stacklevel=4)
-
-
-def warn_about_decay(weight_decay: float, decay: str, lr: float) -> str | None:
-    """Return what to warn of where a weight decay looks like torch's, which is multiplied by the learning rate.
-
-    Examples:
-        >>> warn_about_decay(1e-4, "independent", 1e-3) is None
-        True
-    """
-    if decay != "independent" or weight_decay < _FRACTION:
-        return None
-    return (
-        f"weight_decay={weight_decay} removes {weight_decay:.0%} of every weight at each step, since it is independent "
-        f"of the learning rate; for torch's convention give decay='coupled', or weight_decay={weight_decay * lr:.2g}"
-    )

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.method import Decay, Method, Settings
-from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.settings import NonFinite, arguments
 from lightning_mup.core.transform import Transform
 from lightning_mup.transforms.adam import Adam as AdamTransform
 
@@ -59,17 +60,7 @@ class AdamAtan2(StackedOptimizer):
         decay: Decay = "independent",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        settings = {
-            "lr": lr,
-            "betas": betas,
-            "graft": graft,
-            "graft_eps": graft_eps,
-            "spectral_norm": spectral_norm,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, "adam_atan2", settings)
+        super().__init__(params, "adam_atan2", arguments(locals()))
 
 
 METHOD = Method(

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.method import Decay, Method, Settings, Size
-from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.settings import NonFinite, arguments
 from lightning_mup.core.transform import Transform
 from lightning_mup.transforms.adam import Adam as AdamTransform
 
@@ -61,18 +62,7 @@ class AdamW(StackedOptimizer):
         decay: Decay = "independent",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        settings = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "graft": graft,
-            "graft_eps": graft_eps,
-            "spectral_norm": spectral_norm,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, "adamw", settings)
+        super().__init__(params, "adamw", arguments(locals()))
 
 
 # The batch power of epsilon is the authors' code's (sampling noise falls as 1/sqrt(batch)), not in the paper.

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.method import Decay, Method, Settings, Size
-from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.settings import NonFinite, arguments
 from lightning_mup.core.spec import Role
 from lightning_mup.core.transform import Transform, chain
 from lightning_mup.transforms.momentum import Momentum
@@ -86,23 +87,7 @@ class Muon(StackedOptimizer):
         decay: Decay = "independent",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        settings = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "ns_dtype": ns_dtype,
-            "adam": adam,
-            "routes": routes,
-            "graft": graft,
-            "graft_eps": graft_eps,
-            "spectral_norm": spectral_norm,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, "muon", settings)
+        super().__init__(params, "muon", arguments(locals()))
 
 
 VECTORS = {Role.VECTOR: "adam", Role.SCALAR: "adam"}

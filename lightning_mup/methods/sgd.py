@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.method import Decay, Method, Settings
-from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.settings import NonFinite, arguments
 from lightning_mup.core.transform import Transform
 from lightning_mup.transforms.momentum import Momentum
 
@@ -61,18 +62,7 @@ class SGD(StackedOptimizer):
         decay: Decay = "independent",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        settings = {
-            "lr": lr,
-            "momentum": momentum,
-            "debias": debias,
-            "graft": graft,
-            "graft_eps": graft_eps,
-            "spectral_norm": spectral_norm,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, "sgd", settings)
+        super().__init__(params, "sgd", arguments(locals()))
 
 
 METHOD = Method(

@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.blocking import active_sides
 from lightning_mup.core.method import Decay, Method, Settings, Size
-from lightning_mup.core.optimizer import NonFinite, StackedOptimizer
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.power import Power
+from lightning_mup.core.settings import NonFinite, arguments
 from lightning_mup.core.spec import ParamSpec
 from lightning_mup.core.transform import Transform
 from lightning_mup.methods.muon import VECTORS
@@ -116,27 +117,7 @@ class SOAP(StackedOptimizer):
         decay: Decay = "independent",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        settings = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "relative_eps": relative_eps,
-            "matrix_eps": matrix_eps,
-            "precondition_every": precondition_every,
-            "block_size": block_size,
-            "max_preconditioned_dim": max_preconditioned_dim,
-            "warmup_steps": warmup_steps,
-            "warmup": warmup,
-            "adam": adam,
-            "routes": routes,
-            "graft": graft,
-            "graft_eps": graft_eps,
-            "spectral_norm": spectral_norm,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, "soap", settings)
+        super().__init__(params, "soap", arguments(locals()))
 
 
 METHOD = Method(

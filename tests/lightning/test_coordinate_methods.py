@@ -45,7 +45,7 @@ FLAT = {
     "shampoo2": Case("shampoo2", 1e-4, {"precondition_every": 5, "matrix_eps": 1e-2}, seeds=6),
     "grafted shampoo": Case("shampoo", 0.001, {"precondition_every": 1, "matrix_eps": 1e-2, "graft": "adam"}),
     "blocked soap": Case("soap", 0.001, {"block_size": 64, **DAMPED}),
-    "spectral soap": Case("soap", 0.003, {"spectral_norm": True, "warmup_steps": 10}),
+    "spectral soap": Case("soap", 0.003, {"spectral_norm": True, **DAMPED}),
 }
 MUON = find_method("muon")
 WRONG = {
