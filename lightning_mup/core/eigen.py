@@ -27,6 +27,7 @@ from lightning_mup.core.registry import near
 RootMethod = Literal["eigh", "newton"]
 _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _NEWTON_STEPS, _NEWTON_TOLERANCE, _NEWTON_GROWTH = 100, 1e-6, 1.2  # as in distributed Shampoo and arXiv:2512.05620
+_NEWTON_NEAR = 0.1  # error below which each step squares it
 _SQUARINGS, _POWERS = 8, 64  # S^(64 2^8): the largest eigenvalue comes out to 1e-5 at worst, without any gap below it
 _JITTER = 1e-6  # added to the diagonal of a matrix of unit size, taken off its eigenvalues again
 
@@ -62,41 +63,59 @@ def inverse_root(
         arXiv:2512.05620, App. B.2; coupled Newton: Higham 2008, section 7.3; arXiv:2002.09018.
     """
     check_stack("s_NDD", s_NDD, square=True)
-    if not exponent > 0:
-        raise ValueError(f"exponent must be positive, got {exponent}; Shampoo uses 1/4 or 1/2")
-    if method not in get_args(RootMethod):
-        raise ValueError(f"unknown method {method!r}; available: eigh, newton{near(method, get_args(RootMethod))}")
+    check_root(exponent, method)
     if not isinstance(damping, Tensor) and not damping >= 0:
         raise ValueError(f"damping must be >= 0, got {damping}; 1e-6 is usual")
-    order = round(1 / exponent)
-    integer = abs(order * exponent - 1) < 1e-9  # noqa: PLR2004
-    work_NDD = widened(s_NDD)
+    order, work_NDD = round(1 / exponent), widened(s_NDD)
     if method == "newton":
-        if not integer:
-            raise ValueError(f"method 'newton' needs an exponent 1/integer, got {exponent}; use method='eigh'")
         return _newton_root(work_NDD, order, damping, relative).to(s_NDD.dtype)
     w_ND, v_NDD, lost_N = _eigh(work_NDD)
     ridge_N = _ridge(damping, w_ND[:, -1], relative)
     half_NDD = v_NDD * _power(w_ND.clamp_min(0) + ridge_N.unsqueeze(1), -exponent / 2).unsqueeze(1)
     root_NDD = half_NDD @ half_NDD.mT
-    if lost_N is not None and integer and bool(lost_N.any()):
+    if lost_N is not None and _is_integer(1 / exponent) and bool(lost_N.any()):
         newton_NDD = _newton_root(work_NDD, order, damping, relative)
         root_NDD = torch.where(lost_N.view(-1, 1, 1), newton_NDD, root_NDD)
     return root_NDD.to(s_NDD.dtype)
 
 
-def eigenbasis(p_NDD: Tensor) -> Tensor:
-    """Return orthonormal eigenvectors of symmetric matrices as columns, by descending eigenvalue; NaN if not finite.
+def check_root(exponent: float, method: str) -> None:
+    """Check that a method can take a root.
+
+    Raises:
+        ValueError: the exponent is none for the method, or the method is unknown.
+
+    Examples:
+        >>> check_root(0.3, "newton")
+        Traceback (most recent call last):
+        ValueError: root 'newton' needs an exponent 1/integer, got 0.3; use 'eigh'
+    """
+    if not exponent > 0:
+        raise ValueError(f"exponent must be positive, got {exponent}; Shampoo uses 1/4 or 1/2")
+    if method not in get_args(RootMethod):
+        raise ValueError(f"unknown root {method!r}; available: eigh, newton{near(method, get_args(RootMethod))}")
+    if method == "newton" and not _is_integer(1 / exponent):
+        raise ValueError(f"root 'newton' needs an exponent 1/integer, got {exponent}; use 'eigh'")
+
+
+def eigenbasis(p_NDD: Tensor, *, fallback: Tensor | None = None) -> Tensor:
+    """Return orthonormal eigenvectors of symmetric matrices as columns, by descending eigenvalue.
 
     Shape:
         ``[N, D, D]`` -> ``[N, D, D]``.
+
+    Args:
+        p_NDD: the stack.
+        fallback: bases of matrices that cannot be decomposed, those that are not finite among them; None gives NaN.
 
     Examples:
         >>> eigenbasis(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])).abs().tolist()
         [[[0.0, 1.0], [1.0, 0.0]]]
     """
     check_stack("p_NDD", p_NDD, square=True)
-    return _eigh(widened(p_NDD))[1].flip(-1).to(p_NDD.dtype)
+    _, v_NDD, lost_N = _eigh(widened(p_NDD))
+    basis_NDD = v_NDD.flip(-1).to(p_NDD.dtype)
+    return basis_NDD if lost_N is None or fallback is None else torch.where(lost_N.view(-1, 1, 1), fallback, basis_NDD)
 
 
 def qr_step(p_NDD: Tensor, q_NDD: Tensor, *, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -124,10 +143,9 @@ def qr_step(p_NDD: Tensor, q_NDD: Tensor, *, ridge: float = 0.0) -> tuple[Tensor
     check_stack("p_NDD", p_NDD, square=True)
     check_stack("q_NDD", q_NDD, square=True)
     work_NDD, basis_NDD = widened(p_NDD, q_NDD.dtype), widened(q_NDD, p_NDD.dtype)
-    scale_N11 = unit_scale(work_NDD)
-    unit_NDD = work_NDD / scale_N11
-    unit_NDD.diagonal(dim1=1, dim2=2).add_(ridge / scale_N11.squeeze(2))
-    moved_NDD = unit_NDD @ basis_NDD
+    ridged_NDD = work_NDD.clone()
+    ridged_NDD.diagonal(dim1=1, dim2=2).add_(ridge)
+    moved_NDD = ridged_NDD.div_(unit_scale(ridged_NDD)) @ basis_NDD
     permutation_ND = (basis_NDD * moved_NDD).sum(1).sort(dim=1, descending=True, stable=True).indices
     # The columns of P Q are those of Q, each times P: to sort the product saves a second one.
     sorted_NDD = moved_NDD.gather(2, permutation_ND.unsqueeze(1).expand_as(moved_NDD))
@@ -185,21 +203,26 @@ def _newton_root(s_NDD: Tensor, order: int, damping: float | Tensor, relative: b
     unit_NDD = a_NDD / scale_N11
     z_N11 = (1 + order) / (2 * norms(unit_NDD))
     m_NDD, h_NDD = z_N11 * unit_NDD, _power(z_N11, 1 / order) * identity_DD
-    error_N11 = largest_entries(m_NDD - identity_DD)
-    active_N11 = error_N11 > _NEWTON_TOLERANCE
+    error_N11, active_N11 = norms(m_NDD - identity_DD), largest_entries(m_NDD - identity_DD) > _NEWTON_TOLERANCE
     for step in range(_NEWTON_STEPS):
         # To ask an accelerator is to wait for it, and its further steps change nothing.
         if (step % 4 == 0 or s_NDD.device.type == "cpu") and not bool(active_N11.any()):
             break
         t_NDD = (1 + 1 / order) * identity_DD - m_NDD / order
         next_NDD = _symmetric_product(_symmetric_power(t_NDD, order), m_NDD)  # polynomials in A commute
-        next_N11 = largest_entries(next_NDD - identity_DD)
-        active_N11 = active_N11 & (next_N11 <= _NEWTON_GROWTH * error_N11)
+        off_NDD = next_NDD - identity_DD
+        # Each eigenvalue comes closer, hence this norm falls, until rounding is all that is left; no entry need do so.
+        next_N11 = norms(off_NDD)
+        active_N11 = active_N11 & (next_N11 <= error_N11 * torch.where(error_N11 < _NEWTON_NEAR, 1.0, _NEWTON_GROWTH))
         h_NDD = torch.where(active_N11, _symmetric_product(h_NDD, t_NDD), h_NDD)
         m_NDD = torch.where(active_N11, next_NDD, m_NDD)
         error_N11 = torch.where(active_N11, next_N11, error_N11)
-        active_N11 = active_N11 & (next_N11 > _NEWTON_TOLERANCE)
+        active_N11 = active_N11 & (largest_entries(off_NDD) > _NEWTON_TOLERANCE)
     return torch.where(error_N11.isfinite(), h_NDD * _power(scale_N11, -1 / order), torch.nan)
+
+
+def _is_integer(number: float) -> bool:
+    return abs(number - round(number)) < 1e-9  # noqa: PLR2004
 
 
 def _symmetric_product(a_NDD: Tensor, b_NDD: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ class Graft:
         eps: added to the direction's norm (>= 0).
         name: key of the state.
 
+    Raises:
+        ValueError: ``eps`` is negative.
+
     Examples:
         >>> from lightning_mup.transforms.adam import Adam
         >>> from lightning_mup.transforms.momentum import Momentum
@@ -36,6 +39,10 @@ class Graft:
     eps: float = 1e-8
     name: str = "graft"
 
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"graft_eps must be >= 0, got {self.eps}; 1e-8 is usual")
+
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return both states, under ``magnitude/`` and ``direction/``."""
         both = {"magnitude": self.magnitude, "direction": self.direction}
@@ -43,6 +50,7 @@ class Graft:
 
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the direction's update at the magnitude's length."""
+        u_NOI = ctx.bounded(u_NOI)
         length_NOI = self.magnitude.update(u_NOI, part(state, "magnitude"), ctx)
         out_NOI = self.direction.update(u_NOI, part(state, "direction"), ctx)
         length_N11, own_N11 = (torch.linalg.matrix_norm(x, keepdim=True) for x in (length_NOI, out_NOI))

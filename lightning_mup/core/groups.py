@@ -128,21 +128,21 @@ class GroupSplitter:
         settings = {**optimizer.defaults, **{k: v for k, v in group.items() if k != "params"}}
         parts: dict[tuple[object, ...], list[Any]] = {}
         params: dict[tuple[object, ...], ParamPlan | None] = {}
-        own: dict[tuple[object, ...], Group] = {}
+        own: dict[tuple[object, ...], tuple[Method, Group]] = {}
         for entry in _as_list(group["params"]):
             parameter = entry[1] if isinstance(entry, tuple) else entry
             found = self._routed(parameter, method, settings, optimizer)
             param = self._plan_of(parameter, *found, optimizer)
             key = _key(param, stacked=isinstance(optimizer, StackedOptimizer))
-            params[key], own[key] = param, found[1]
+            params[key], own[key] = param, found
             parts.setdefault(key, []).append(entry)
         taken = {str(other["name"]) for other in optimizer.param_groups}
         given = 1 + max((int(other[GIVEN]) for other in optimizer.param_groups), default=-1)
         made = [
             {
                 **group,
-                **_arranged(optimizer, own[key]),
-                **_changes(own[key], params[key]),
+                **_arranged(optimizer, own[key][1]),
+                **_changes(*own[key], params[key]),
                 "params": entries,
                 GIVEN: given,
             }
@@ -274,13 +274,16 @@ def _arranged(optimizer: Optimizer, settings: Group) -> Group:
     return dict(settings) if isinstance(optimizer, StackedOptimizer) else {}
 
 
-def _changes(settings: Group, param: ParamPlan | None) -> Group:
+def _changes(method: Method, settings: Group, param: ParamPlan | None) -> Group:
     rate = settings["lr"]
     own: Group = {"lr": rate.clone()} if isinstance(rate, torch.Tensor) else {}  # the parts must not share one tensor
     if param is None:
         return own | {LR_MULT: 1.0, ROLE: FROZEN}
     own |= {LR_MULT: param.lr, ROLE: param.spec.role.value}
-    own |= {key: _scaled(settings[key], factor) for key, factor in param.eps.items()}
+    for key, factor in param.eps.items():
+        donor, _, name = key.rpartition(".")
+        scaled = _scaled(method.value(settings, key), factor)
+        own |= {donor: {**(settings.get(donor) or {}), name: scaled}} if donor else {key: scaled}
     if settings.get("weight_decay"):
         own["weight_decay"] = settings["weight_decay"] * param.group_weight_decay
     return own

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_mup.core.registry import near
 from lightning_mup.core.spec import Role
 
 
@@ -121,13 +122,14 @@ def as_role(value: Role | str) -> Role:
         <Role.INPUT: 'input'>
         >>> as_role("hiden")
         Traceback (most recent call last):
-        ValueError: unknown role 'hiden'; allowed: input (or embedding), hidden, output (or readout), vector, scalar
+        ValueError: unknown role 'hiden'; allowed: input (or embedding), ..., vector, scalar; did you mean 'hidden'?
     """
     try:
         return Role(value)
     except ValueError:
         allowed = "input (or embedding), hidden, output (or readout), vector, scalar"
-        raise ValueError(f"unknown role {value!r}; allowed: {allowed}") from None
+        close = near(str(value), [role.value for role in Role])
+        raise ValueError(f"unknown role {value!r}; allowed: {allowed}{close}") from None
 
 
 _ELEMENTWISE = {"weight": Layout(fan_in=()), "bias": Layout(fan_in=())}

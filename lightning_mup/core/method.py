@@ -150,9 +150,31 @@ class Method:
             degree = -Fraction(own.depth)
             # The direction's norm, over which the graft divides; the batch power is that of the authors' code.
             factor = own / GRADIENT**degree * Power(batch=-(degree + 1) / 2)
-            found = {**find_method(settings["graft"]).eps, **found, "graft_eps": Size(grad=degree, factor=factor)}
+            donor = find_method(settings["graft"])
+            theirs = {f"{donor.name}.{key}" if key in self.eps else key: size for key, size in donor.eps.items()}
+            found = {**theirs, **found, "graft_eps": Size(grad=degree, factor=factor)}
         full = {**self.defaults, **settings}
         return {key: size(spec, full) if callable(size) else size for key, size in found.items()}
+
+    def donor_settings(self, settings: Settings) -> dict[str, Any]:
+        """Return the settings of the method whose length is grafted on: those under its name, and shared ones.
+
+        An epsilon of this method's own is not shared, since it is compared with something else.
+
+        Examples:
+            >>> settings = {"graft": "adam", "eps": 0.1, "adam": {"betas": (0.8, 0.9)}}
+            >>> found = find_method("muon").donor_settings(settings)
+            >>> found["eps"], found["betas"]
+            (1e-08, (0.8, 0.9))
+        """
+        donor = find_method(settings["graft"])
+        shared = {key: settings[key] for key in donor.defaults if key in settings and key not in self.eps}
+        return {**donor.defaults, **shared, **(settings.get(donor.name) or {})}
+
+    def value(self, settings: Settings, key: str) -> Any:  # noqa: ANN401 - a setting may be anything
+        """Return a setting by a name of :meth:`sizes`; None where there is none."""
+        donor, _, name = key.rpartition(".")
+        return self.donor_settings(settings).get(name) if donor else settings.get(key)
 
     def _own(self, spec: ParamSpec, settings: Settings) -> Power:
         if isinstance(self.update_norm, Power):

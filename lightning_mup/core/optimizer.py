@@ -17,10 +17,10 @@ from torch.optim.optimizer import ParamsT
 from lightning_mup.core.graft import Graft
 from lightning_mup.core.method import Method, find_method
 from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
-from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, settings_of
+from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, routes_of, settings_of
 from lightning_mup.core.spec import Role
 from lightning_mup.core.stack import Arrangement, Stack
-from lightning_mup.core.transform import Chain, Context, Transform
+from lightning_mup.core.transform import SMALL, Chain, Context, Transform
 
 _STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
 
@@ -67,7 +67,7 @@ class StackedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, method: str | Method, settings: Mapping[str, Any]) -> None:
         self._method = find_method(method)
-        self._stacks: dict[int, list[Stack]] = {}
+        self._stacks: dict[int, tuple[list[int], list[Stack]]] = {}
         super().__init__(params, dict(settings))
 
     @property
@@ -91,30 +91,47 @@ class StackedOptimizer(Optimizer):
         check_names(group, {**self.defaults, **own.defaults}, own)
         group.setdefault("method", own.name)
         known = len(self.param_groups)
-        super().add_param_group(group)
-        for added in self.param_groups[known:]:  # several where a plan splits it
-            added.setdefault("lr_scheduled_from", float(added["lr"]))
-            for key in self.defaults.keys() - set(COMMON) - self.find(added["method"]).defaults.keys():
-                added.pop(key, None)
-            check_values(added)
-            build_chain(self.find(added["method"]), added)
-            self._create(added)
+        try:
+            super().add_param_group(group)
+            for added in self.param_groups[known:]:  # several where a plan splits it
+                self._complete(added)
+        except Exception:
+            self._drop(self.param_groups[known:])
+            del self.param_groups[known:]
+            raise
 
-    def _create(self, group: Group) -> None:
+    def _complete(self, group: Group) -> None:
+        method = self.find(group["method"])
+        group.setdefault("lr_scheduled_from", float(group["lr"]))
+        for key in self.defaults.keys() - set(COMMON) - method.defaults.keys():
+            group.pop(key, None)
+        check_values(group)
+        build_chain(method, group)
+        for name in routes_of(method, group).values():
+            build_chain(self.find(name), settings_of(group, name))
         for stack in self._stacks_of(group):
             stack.adopt(self.state)
 
+    def _drop(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            self._stacks.pop(id(group), None)
+            for p in group["params"]:
+                self.state.pop(p, None)
+
     def _stacks_of(self, group: Group) -> list[Stack]:
-        """Return the stacks of a group; they are made anew where parameters moved to another device or dtype."""
-        stacks = self._stacks.get(id(group))
-        if stacks is None or any(stack.moved for stack in stacks):
+        """Return the stacks of a group; they are made anew where its parameters are others, or moved elsewhere."""
+        held = [id(p) for p in group["params"]]
+        known, stacks = self._stacks.get(id(group), ([], []))
+        if known != held or any(stack.moved for stack in stacks):
             stacks = self._stack(group)
-            self._stacks[id(group)] = stacks
+            self._stacks[id(group)] = held, stacks
         return stacks
 
-    def _stack(self, group: Group) -> list[Stack]:
+    def _stack(self, group: Group, device: str | None = None) -> list[Stack]:
         parts: dict[tuple[object, ...], list[Tensor]] = {}
         for p in group["params"]:
+            if not p.numel():
+                continue
             routed = self._routed(group, p)
             arrangement = Arrangement.of(p, group)
             parts.setdefault((routed.name, arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
@@ -124,6 +141,7 @@ class StackedOptimizer(Optimizer):
                 [Arrangement.of(p, group) for p in params],
                 str(key[0]),
                 self._chain(group, str(key[0]), params[0]),
+                device,
             )
             for key, alike in parts.items()
             for params in _portions(alike)
@@ -133,12 +151,12 @@ class StackedOptimizer(Optimizer):
         return build_chain(self.find(name), settings_of(group, name), vector=is_vector(param))
 
     def _routed(self, group: Group, param: Tensor) -> Method:
-        method = self.find(group["method"])
-        routes = {**method.routes, **{Role(role): name for role, name in (group.get("routes") or {}).items()}}
-        role = Role.VECTOR if is_vector(param) else group.get("role")
-        if not role or role in ("frozen", "empty") or Role(role) not in routes:
-            return method
-        return self.find(routes[Role(role)])
+        method, said = self.find(group["method"]), group.get("role")
+        routes = routes_of(method, group)
+        role = None if said in (None, "frozen", "empty") else Role(said)
+        if is_vector(param) and role not in (Role.VECTOR, Role.SCALAR):
+            role = Role.VECTOR if param.dim() else Role.SCALAR
+        return self.find(routes[role]) if role in routes else method
 
     # -- stepping -------------------------------------------------------------------------------------------------
 
@@ -156,24 +174,27 @@ class StackedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._may_step():
+        step, huge = self._look()
+        if step:
             for group in self.param_groups:
-                self._step_group(group)
+                self._step_group(group, huge)
         return loss
 
-    def _may_step(self) -> bool:
-        """Whether all gradients are finite, where the groups want that checked: one reduction for all of them."""
-        checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
-        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None]
-        if any(grad.is_sparse for grad in grads):
+    def _look(self) -> tuple[bool, bool]:
+        """Return whether to step, and whether squares overflow: one reduction over all gradients, and one wait."""
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
             raise TypeError(
                 f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
             )
-        if not grads or all_finite(grads):
-            return True
+        checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
+        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None]
+        if norms_below(SMALL, grads):
+            return True, False
+        if all_finite(grads):
+            return True, True
         bad = [(g, i) for g in checked for i, p in enumerate(g["params"]) if not all_finite([p.grad])]
         if all(group["nonfinite"] == "skip" for group, _ in bad):
-            return False
+            return False, False
         group, i = bad[0]
         name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {group.get('name', 0)}"
         raise ValueError(
@@ -181,7 +202,7 @@ class StackedOptimizer(Optimizer):
             f"at the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
         )
 
-    def _step_group(self, group: Group) -> None:
+    def _step_group(self, group: Group, huge: bool) -> None:
         params: list[Tensor] = []
         updates: list[Tensor] = []
         for stack in self._stacks_of(group):
@@ -190,7 +211,7 @@ class StackedOptimizer(Optimizer):
             l2 = group["weight_decay"] if group["decay"] == "l2" else 0.0
             for members, step in stack.parts():
                 with full_precision(stack.device):
-                    u_NOI = stack.run(transform, members, Context(step), l2)
+                    u_NOI = stack.run(transform, members, Context(step, huge), l2)
                 chosen = [stack.params[i] for i in members]
                 params += chosen
                 updates += stack.split(u_NOI, members)
@@ -205,19 +226,34 @@ class StackedOptimizer(Optimizer):
         Raises:
             ValueError: the groups or the state's names do not fit.
         """
-        seen: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: self._check_fits(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
         # torch casts state to the parameter's dtype, which halves the digits of a bfloat16 parameter's.
         ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [key for group in seen["param_groups"] for key in group["params"]]
+        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
         for p, key in zip(ours, theirs, strict=True):
-            if key in seen["state"]:
-                self.state[p] = dict(seen["state"][key])
-        self._restack()
+            if key in state_dict["state"]:
+                self.state[p] = dict(state_dict["state"][key])
+        self._stacks = {}
+        for group in self.param_groups:
+            for stack in self._stacks_of(group):
+                stack.adopt(self.state)
+
+    def _check_fits(self, given: Mapping[str, Any]) -> None:
+        if [len(g["params"]) for g in given["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
+            return  # torch says so
+        for group, saved in zip(self.param_groups, given["param_groups"], strict=True):
+            if saved.get("method") != group["method"]:
+                raise ValueError(
+                    f"the checkpoint's group {saved.get('name', '')!r} is of method {saved.get('method')!r}, the "
+                    f"optimizer's of {group['method']!r}; load it into the optimizer that it was saved from"
+                )
+            keys = dict(zip(map(id, group["params"]), saved["params"], strict=True))
+            for stack in self._stack({**saved, "params": group["params"]}, device="meta"):  # takes no memory
+                stack.check({p: given["state"].get(keys[id(p)]) for p in stack.params})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy takes along."""
@@ -227,11 +263,6 @@ class StackedOptimizer(Optimizer):
         """Come back from a pickle or a copy: stacks are made anew around the state."""
         super().__setstate__(state)
         self._stacks = {}
-
-    def _restack(self) -> None:
-        self._stacks = {}
-        for group in self.param_groups:
-            self._create(group)
 
 
 def _portions(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -260,9 +291,7 @@ def build_chain(method: Method, settings: Mapping[str, Any], *, vector: bool = F
     core = _chain_of(method, settings)
     parts = core.transforms if isinstance(core, Chain) else (core,)
     if donor := settings.get("graft"):
-        given = find_method(donor)
-        shared = {key: settings[key] for key in given.defaults if key in settings}
-        magnitude = _chain_of(given, {**given.defaults, **shared})
+        magnitude = _chain_of(find_method(donor), method.donor_settings(settings))
         parts = (Graft(magnitude=magnitude, direction=core, eps=settings["graft_eps"]),)
     if settings.get("spectral_norm") and not vector:
         # A looked-up row is a matrix of its own, 1 x width, whose spectral norm is its length.
@@ -290,14 +319,22 @@ def all_finite(tensors: Sequence[Tensor | None]) -> bool:
         >>> all_finite([torch.ones(2)]), all_finite([torch.ones(2), torch.tensor([float("nan")])])
         (True, False)
     """
-    present = [t for t in tensors if t is not None]
-    # Squares are summed forty times as fast on a CPU as the largest entry is found, but may overflow.
-    return not present or _finite_norms(present, 2.0) or _finite_norms(present, float("inf"))
+    return norms_below(float("inf"), tensors, order=float("inf"))
 
 
-def _finite_norms(tensors: list[Tensor], order: float) -> bool:
-    norms = torch._foreach_norm(tensors, ord=order)
-    return bool(torch.stack([norm.to(tensors[0].device, torch.float32) for norm in norms]).isfinite().all())
+def norms_below(bound: float, tensors: Sequence[Tensor | None], order: float = 2.0) -> bool:
+    """Whether each tensor's norm is a number below a bound; on a CPU, order 2 is 40 times as fast as order infinity.
+
+    Examples:
+        >>> norms_below(5.0, [torch.ones(4), None]), norms_below(5.0, [torch.full((4,), 3.0)])
+        (True, False)
+    """
+    present = [t for t in tensors if t is not None and t.numel()]
+    if not present:
+        return True
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in present) else torch.float32
+    norms = torch._foreach_norm(present, ord=order, dtype=wide)
+    return bool((torch.stack([norm.to(present[0].device) for norm in norms]) < bound).all())
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ class Scaling:
         eps = {
             key: _eps(size_of, spec, row, start.folded, ratios)
             for key, size_of in method.sizes(spec, settings).items()
-            if settings.get(key) is not None
+            if method.value(settings, key) is not None
         }
         decay = self._group_decay(spec, row, method, settings, start, lr)
         return ParamPlan(

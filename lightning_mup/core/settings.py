@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from torch.distributed.tensor import DTensor
+
+from lightning_mup.core.layout import as_role
 from lightning_mup.core.method import Decay, Method, find_method
 from lightning_mup.core.registry import near
+from lightning_mup.core.spec import Role
 
 Group = dict[str, Any]
 NonFinite = Literal["raise", "skip", "ignore"]
@@ -34,6 +38,15 @@ def settings_of(group: Group, name: str) -> Group:
     return {**find_method(name).defaults, **common, "graft": None, **(group.get(name) or {})}
 
 
+def routes_of(method: Method, group: Group) -> dict[Role, str]:
+    """Return the name of the method that takes over each role: a group's routes go before the method's own.
+
+    Raises:
+        ValueError: there is no such role.
+    """
+    return {**method.routes, **{as_role(role): name for role, name in (group.get("routes") or {}).items()}}
+
+
 def decay_per_lr(group: Group) -> float:
     """Return what is removed per unit of learning rate: the coupled weight decay that does what the group says.
 
@@ -53,12 +66,22 @@ def check_names(group: Group, known: Mapping[str, Any], method: Method) -> None:
     Raises:
         ValueError: a name is unknown; a near match is named.
     """
+    routes = routes_of(method, group)
+    if (role := group.get("role")) not in (None, "frozen", "empty"):
+        as_role(role)
     allowed = {*known, "params", "param_names", "name", "initial_lr", "method", "role", "routes", "axes", "split"}
-    allowed |= {"lookup", "lr_at_base", "lr_mult", "lr_given", "given_group", "lr_scheduled_from"}
-    for key in group:
+    allowed |= {"lookup", "lr_at_base", "lr_mult", "lr_given", "given_group", "lr_scheduled_from", *routes.values()}
+    _refuse_others(group, allowed, sorted(known), method.name)
+    for name in {*routes.values(), str(group.get("graft"))} & group.keys():
+        theirs = find_method(name).defaults.keys() - set(COMMON)
+        _refuse_others(group[name] or {}, theirs, sorted(theirs), name)
+
+
+def _refuse_others(settings: Mapping[str, Any], allowed: Collection[str], known: Sequence[str], method: str) -> None:
+    for key in settings:
         if key not in allowed:
             raise ValueError(
-                f"unknown setting {key!r} of method {method.name!r}; available: {', '.join(sorted(known))}"
+                f"unknown setting {key!r} of method {method!r}; available: {', '.join(known)}"
                 f"{near(str(key), sorted(allowed))}"
             )
 
@@ -68,7 +91,7 @@ def check_values(group: Group) -> None:
 
     Raises:
         ValueError: a setting is out of range.
-        TypeError: a parameter is not of a floating-point dtype.
+        TypeError: a parameter is not of a floating-point dtype, or sharded.
     """
     for key, allowed in (("decay", get_args(Decay)), ("nonfinite", get_args(NonFinite))):
         if group[key] not in allowed:
@@ -83,6 +106,11 @@ def check_values(group: Group) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"parameters must be of a floating-point dtype, got {p.dtype}; leave such ones out")
+        if isinstance(p, DTensor):
+            raise TypeError(
+                f"{group['method']} needs whole matrices, got a DTensor of shape {tuple(p.shape)} placed as "
+                f"{p.placements}; use DDP, or one of torch's optimizers, whose rules are declared, too"
+            )
     _warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"]))
 
 

@@ -53,7 +53,7 @@ class Arrangement:
         out, summed = ((0,), tuple(range(1, len(shape)))) if axes is None else (tuple(axes[0]), tuple(axes[1]))
         used = (*out, *summed)
         rows = math.prod(shape[a] for a in out) if all(0 <= a < len(shape) for a in used) else 0
-        if len(set(used)) != len(used) or not rows or rows % split:
+        if len(set(used)) != len(used) or split < 1 or not rows or rows % split:
             raise ValueError(
                 f"axes={(out, summed)} (outputs, summed over), split={split} do not fit a parameter of shape {shape}; "
                 f"axes are counted from 0 and given once, and the rows must divide by split"
@@ -82,13 +82,13 @@ class Arrangement:
 
     def take(self, x: Tensor) -> Tensor:
         """Return the matrices [count, O, I] of a tensor of the parameter's shape; a view where that can be."""
-        return x.permute(*self.stacked, *self.out, *self.summed).reshape(self.count, self.rows, self.columns)
+        return x.permute((*self.stacked, *self.out, *self.summed)).reshape(self.count, self.rows, self.columns)
 
     def give(self, x_NOI: Tensor) -> Tensor:
         """Return the tensor of the parameter's shape whose matrices these are."""
         order = (*self.stacked, *self.out, *self.summed)
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return x_NOI.reshape(*(self.shape[a] for a in order)).permute(inverse)
+        return x_NOI.reshape([self.shape[a] for a in order]).permute(inverse)
 
 
 class Stack:
@@ -99,13 +99,19 @@ class Stack:
         arrangements: how each is matrices; all of one shape.
         method: name of the method that moves them.
         transform: makes the state.
+        device: where the state is, if not with the parameters.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], arrangements: Sequence[Arrangement], method: str, transform: Transform
+        self,
+        params: Sequence[Tensor],
+        arrangements: Sequence[Arrangement],
+        method: str,
+        transform: Transform,
+        device: str | None = None,
     ) -> None:
         self.params, self.arrangements, self.method = list(params), list(arrangements), method
-        self.device, self.dtype = params[0].device, params[0].dtype
+        self.device, self.dtype = torch.device(device or params[0].device), params[0].dtype
         self._work = torch.promote_types(self.dtype, torch.float32)
         ends = torch.tensor([a.count for a in arrangements]).cumsum(0).tolist()
         self._spans = [slice(end - a.count, end) for end, a in zip(ends, arrangements, strict=True)]
@@ -134,6 +140,16 @@ class Stack:
             if found:
                 _take_over(found, views, self.method)
             state[p] = dict(views)
+
+    def check(self, state: Mapping[Any, Any]) -> None:
+        """Check that a state has this stack's names and shapes.
+
+        Raises:
+            ValueError: it has others: it is another method's.
+        """
+        for p, views in zip(self.params, self._views, strict=True):
+            if found := state.get(p):
+                _check(found, views, self.method)
 
     def parts(self) -> Iterator[tuple[list[int], int]]:
         """Return the parameters that have a gradient, by the number of the step that they are about to take."""
@@ -188,16 +204,20 @@ def _in_place(arrangement: Arrangement, part: Tensor) -> Tensor:
 
 
 def _take_over(found: Mapping[str, Any], views: Mapping[str, Tensor], method: str) -> None:
+    _check(found, views, method)
+    for key, view in views.items():
+        view.copy_(torch.as_tensor(found[key]))
+
+
+def _check(found: Mapping[str, Any], views: Mapping[str, Tensor], method: str) -> None:
     if found.keys() != views.keys():
         raise ValueError(
             f"the state holds {sorted(found)}, but method {method!r} under its settings has {sorted(views)}; load it "
             f"into the optimizer, with the settings, that it was saved from"
         )
     for key, view in views.items():
-        value = torch.as_tensor(found[key])
-        if value.shape != view.shape:
+        if (shape := torch.as_tensor(found[key]).shape) != view.shape:
             raise ValueError(
-                f"the state {key!r} has shape {tuple(value.shape)}, but {tuple(view.shape)} is needed; load it into an "
+                f"the state {key!r} has shape {tuple(shape)}, but {tuple(view.shape)} is needed; load it into an "
                 f"optimizer with the same blocks and parameters"
             )
-        view.copy_(value)

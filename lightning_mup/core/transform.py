@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 
 State = dict[str, torch.Tensor]
+SMALL = 1e15
+"""Norm below which no square, and no sum of squares over a matrix, overflows in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,20 @@ class Context:
 
     Args:
         step: number of the update, from 1.
+        huge: whether entries are so large that their squares overflow.
+
+    Examples:
+        >>> Context(step=1, huge=True).bounded(torch.tensor([1.0, -1e30]))
+        tensor([ 1.0000e+00, -1.0000e+15])
     """
 
     step: int
+    huge: bool = False
+
+    def bounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor whose squares, summed over a matrix, are finite numbers."""
+        bound = SMALL if x.dtype == torch.float32 else SMALL**10
+        return x.clamp(-bound, bound) if self.huge else x
 
 
 class Transform(Protocol):

@@ -26,7 +26,7 @@ class Adam(StackedOptimizer):
         lr: learning rate (>= 0).
         betas: decay rates of the averages of gradients and of their squares, each in [0, 1).
         eps: added to ``sqrt(v_hat)`` (>= 0).
-        graft: method whose length each matrix' update gets, by name; its settings of the same names are shared.
+        graft: method whose length each matrix' update gets, by name; settings of one name are shared, but for epsilons.
         graft_eps: added to the norm that is divided by in grafting (>= 0).
         spectral_norm: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1).
         weight_decay: see ``decay`` (>= 0).

@@ -44,9 +44,9 @@ class Muon(StackedOptimizer):
         eps: added to the Frobenius norm that the average is divided by (>= 0).
         ns_steps: number of Newton-Schulz iterations (>= 0).
         ns_dtype: dtype of the iteration; None for the state's, ``torch.bfloat16`` for speed.
-        adam: settings of Adam for what it takes over (``{"betas": (0.9, 0.95)}``).
+        adam: settings of Adam for what it takes over, and for ``graft="adam"`` (``{"betas": (0.9, 0.95)}``).
         routes: method by role, for groups that say their ``role``; vectors and scalars are Adam's in any case.
-        graft: method whose length each matrix' update gets, by name; its settings of the same names are shared.
+        graft: method whose length each matrix' update gets, by name; settings of one name are shared, but for epsilons.
         graft_eps: added to the norm that is divided by in grafting (>= 0).
         spectral_norm: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1).
         weight_decay: see ``decay`` (>= 0).

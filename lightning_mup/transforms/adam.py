@@ -48,7 +48,7 @@ class Adam:
 
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return Adam's direction."""
-        (beta1, beta2), t = self.betas, ctx.step
+        (beta1, beta2), t, u_NOI = self.betas, ctx.step, ctx.bounded(u_NOI)
         if self.atan2:
             m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
             root_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2).sqrt()

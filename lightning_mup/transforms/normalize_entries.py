@@ -21,6 +21,9 @@ class NormalizeEntries:
         rms: root mean square to which each matrix is brought afterwards; None leaves it.
         name: key of the state.
 
+    Raises:
+        ValueError: a setting is out of range.
+
     Examples:
         >>> normalize = NormalizeEntries(beta=0.0, eps=0.0)
         >>> u = torch.tensor([[[3.0, -2.0]]])
@@ -35,6 +38,10 @@ class NormalizeEntries:
     eps: float = 1e-8
     rms: float | None = None
     name: str = "normalize_entries"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1 or not self.eps >= 0:
+            raise ValueError(f"beta must be in [0, 1) and eps >= 0, got {self.beta} and {self.eps}")
 
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return the squares' average, zero."""

@@ -15,10 +15,13 @@ class Orthogonalize:
     """Five quintic Newton-Schulz steps from ``u / (||u||_F + eps)``: singular values near 1.
 
     Args:
-        steps: number of iterations (>= 1).
+        steps: number of iterations (>= 0).
         eps: added to the Frobenius norm.
         dtype: dtype of the iteration; None is the update's own, bfloat16 the fastest on accelerators.
         name: key of the state, of which there is none.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Examples:
         >>> u = Orthogonalize().update(torch.eye(3).expand(2, 3, 3), {}, Context(step=1))
@@ -33,6 +36,10 @@ class Orthogonalize:
     eps: float = 1e-7
     dtype: torch.dtype | None = None
     name: str = "orthogonalize"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not self.eps >= 0:
+            raise ValueError(f"ns_steps and eps must be >= 0, got {self.steps} and {self.eps}; 5 and 1e-7 are usual")
 
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return nothing: there is no state."""

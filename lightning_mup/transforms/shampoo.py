@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lightning_mup.core.blocking import Blocking
-from lightning_mup.core.eigen import inverse_root
+from lightning_mup.core.eigen import check_root, inverse_root
 from lightning_mup.core.linalg import add_symmetric_product
 from lightning_mup.core.transform import Context, State
 
@@ -69,6 +69,8 @@ class Shampoo:
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be 1 or more, got {self.block_size}; None cuts nothing")
+        for exponent in self._exponents.values():
+            check_root(exponent, self.root)
 
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return momentum, factors and, where they are kept for further steps, roots of the active sides."""
@@ -86,6 +88,7 @@ class Shampoo:
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the preconditioned momentum."""
         blocking = self._blocking(u_NOI)
+        u_NOI = ctx.bounded(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
         roots = {}
         for side in blocking.sides:

@@ -9,6 +9,7 @@ import torch
 
 from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.eigen import eigenbasis, qr_step
+from lightning_mup.core.registry import near
 from lightning_mup.core.transform import Context, State
 from lightning_mup.transforms.shampoo import add_second_moment
 
@@ -66,6 +67,11 @@ class Soap:
                 f"{self.matrix_eps}, {self.eps}"
             )
 
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.warmup not in ("eigh", "qr"):
+            raise ValueError(f"warmup must be 'eigh' or 'qr', got {self.warmup!r}{near(self.warmup, ('eigh', 'qr'))}")
+
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return momentum, second moments, and factors and bases of the active sides."""
         blocking = self._blocking(param_NOI)
@@ -83,6 +89,7 @@ class Soap:
         """Return Adam's direction in the basis, turned back."""
         (beta1, beta2), t = self.betas, ctx.step
         blocking = self._blocking(u_NOI)
+        u_NOI = ctx.bounded(u_NOI)
         g_NBPQ = blocking.cut(u_NOI)
         for side in blocking.sides:
             add_second_moment(state[f"factor_{side}"], g_NBPQ, side, beta2)
@@ -110,7 +117,8 @@ class Soap:
         basis, factor_BDD = state[f"basis_{side}"], state[f"factor_{side}"].flatten(0, 1)
         in_warmup = step <= self.warmup_steps
         if in_warmup and self.warmup == "eigh":
-            basis.copy_(eigenbasis(factor_BDD).view_as(basis))  # which no ridge changes
+            q_BDD = eigenbasis(factor_BDD, fallback=basis.flatten(0, 1))  # which no ridge changes
+            basis.copy_(q_BDD.view_as(basis))
             return
         for _ in range(_QR_STEPS if in_warmup else 1):
             q_BDD, order_BD = qr_step(factor_BDD, basis.flatten(0, 1), ridge=self.matrix_eps)

@@ -130,10 +130,23 @@ def two_d() -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
 
 
+# Blocks of few directions, damped: directions without a gradient may be any, and rounding chooses them.
+SOAP = {"block_size": 4, "relative_eps": True, "eps": 0.1, "warmup_steps": 2, "precondition_every": 2}
+MATRIX_METHODS: dict[str, dict[str, Any]] = {
+    "muon": {"method": "muon", "lr": 0.02},
+    "soap": {"method": "soap", "lr": 0.003, "options": SOAP},
+}
+
+
 def ddp(how: Any, rank: int, **kwargs: Any) -> Result:
     # "scale" takes each rank's own draws; DDP sends rank 0's to all.
     torch.manual_seed(1 if how == "scale" else rank)
     return fit(Small(), Parametrize({"width": 8}, initialize=how), DDPStrategy(**kwargs))
+
+
+def supplied(name: str, module: Small, **kwargs: Any) -> Result:
+    torch.manual_seed(1)
+    return fit(module, Parametrize({"width": 8}, initialize="draw", **MATRIX_METHODS[name]), **kwargs)
 
 
 def sharded(how: Any, kind: type[Small] = Sharded, width: int = 32, base: Any = None, **kwargs: Any) -> Result:
@@ -175,6 +188,8 @@ def scenarios(folder: Path, rank: int) -> dict[str, Callable[[], Result]]:
     return {
         "ddp scale": lambda: ddp("scale", rank),
         "ddp draw": lambda: ddp("draw", rank),
+        "ddp muon": lambda: supplied("muon", Small(), strategy=DDPStrategy()),
+        "ddp soap": lambda: supplied("soap", Small(), strategy=DDPStrategy()),
         "ddp find unused": lambda: ddp("draw", rank, find_unused_parameters=True),
         "logged": lambda: fit(Small(), Parametrize({"width": 8}), DDPStrategy(), logger=CSVLogger(folder)),
         "sharded scale": lambda: sharded("scale"),

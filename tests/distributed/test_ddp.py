@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_mup import Parametrize
 from lightning_mup.core.base import resolve_base
-from tests.distributed.ranks import BATCH, Result, Small, fit
+from tests.distributed.ranks import BATCH, MATRIX_METHODS, Result, Small, fit, supplied
 from tests.lightning.helpers import rms
 
 Values = dict[str, Tensor]
@@ -60,6 +60,7 @@ def close(one: Values, other: Values, tolerance: float = 1e-5) -> bool:
 
 
 FITTED = ["ddp scale", "ddp draw", "ddp find unused", "logged", "sharded scale", "sharded draw", "sharded clipped"]
+FITTED += [f"ddp {name}" for name in MATRIX_METHODS]
 FITTED += ["uneven", "differing base", "meta", "meta base run", "resumed", "twice"]
 
 
@@ -80,6 +81,14 @@ def test_two_ranks_train_as_one_process(ranks: list[dict[str, Result]], name: st
     assert equal(got["start"], want["start"]) if exact else close(got["start"], want["start"], 1e-6)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-4)
     assert close(got["end"], want["end"], 1e-4)
+
+
+@pytest.mark.parametrize("name", MATRIX_METHODS)
+def test_matrix_methods_on_two_ranks_train_as_on_one(ranks: list[dict[str, Result]], name: str) -> None:
+    got, want = ranks[0][f"ddp {name}"], supplied(name, Small(32, BATCH))
+    assert equal(got["start"], want["start"])
+    for n, end in want["end"].items():
+        assert float((got["end"][n] - end).norm()) <= 1e-5 * float(end.norm()), n
 
 
 def test_clipping_of_shards(ranks: list[dict[str, Result]]) -> None:

@@ -170,6 +170,19 @@ def test_newton_root(size: int, exponent: float, relative: bool) -> None:
         assert error(got, plain_root(s, exponent, ridge)) < 1e-5  # what a residual of 1e-6 allows
 
 
+@pytest.mark.parametrize("exponent", [1 / 4, 1 / 2])
+def test_newton_root_goes_on_while_single_entries_grow(exponent: float) -> None:
+    """The eigenvalue 1 has all entries in its vector: on the way to 1, entries of the error grow by a third."""
+    s_NDD = torch.full((1, 4, 4), 0.25, dtype=torch.float64)
+    exact, newton = (inverse_root(s_NDD, exponent, damping=1e-2, method=m) for m in ("eigh", "newton"))
+    assert error(newton, exact) < 1e-6
+
+
+def test_qr_step_of_a_matrix_far_below_its_ridge() -> None:
+    q_NDD, _ = qr_step(torch.diag(torch.tensor([1e-42, 0.0]))[None], torch.eye(2)[None], ridge=1e-10)
+    assert torch.equal(q_NDD.abs(), torch.eye(2)[None])
+
+
 @given(st.integers(1, 8), seeds, scales, st.sampled_from([1 / 4, 1 / 2]), st.sampled_from(["eigh", "newton"]))
 def test_roots_scale(size: int, seed: int, scale: float, exponent: float, method: str) -> None:
     s_NDD = statistics(size, seed)
