@@ -20,7 +20,7 @@ from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
 from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, routes_of, settings_of
 from lightning_mup.core.spec import Role
 from lightning_mup.core.stack import Arrangement, Stack
-from lightning_mup.core.transform import SMALL, Chain, Context, Transform
+from lightning_mup.core.transform import SMALL, Chain, Context, Direct, Members, Rate, Transform
 
 _STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
 
@@ -203,20 +203,26 @@ class StackedOptimizer(Optimizer):
         )
 
     def _step_group(self, group: Group, huge: bool) -> None:
+        rate = Rate(group["lr"], decay_per_lr(group), group["weight_decay"] if group["decay"] == "l2" else 0.0)
+        direct: dict[tuple[Direct, Context, torch.device, torch.dtype], Members] = {}
         params: list[Tensor] = []
         updates: list[Tensor] = []
         for stack in self._stacks_of(group):
             stack.adopt(self.state)
             transform = self._chain(group, stack.method, stack.params[0])
-            l2 = group["weight_decay"] if group["decay"] == "l2" else 0.0
             for members, step in stack.parts():
+                ctx = Context(step, huge)
+                if found := stack.to_move(transform, members, ctx):
+                    direct.setdefault((found[0], ctx, stack.device, stack.dtype), []).extend(found[1])
+                    continue
                 with full_precision(stack.device):
-                    u_NOI = stack.run(transform, members, Context(step, huge), l2)
-                chosen = [stack.params[i] for i in members]
-                params += chosen
+                    u_NOI = stack.run(transform, members, ctx, rate.l2)
+                params += [stack.params[i] for i in members]
                 updates += stack.split(u_NOI, members)
+        for (mover, ctx, *_), moved in direct.items():
+            mover.move(moved, ctx, rate)
         if params:
-            _apply(params, updates, group["lr"], decay_per_lr(group))
+            _apply(params, updates, rate)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -332,8 +338,9 @@ def norms_below(bound: float, tensors: Sequence[Tensor | None], order: float = 2
     present = [t for t in tensors if t is not None and t.numel()]
     if not present:
         return True
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in present) else torch.float32
-    norms = torch._foreach_norm(present, ord=order, dtype=wide)
+    dtypes = {t.dtype for t in present}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    norms = torch._foreach_norm(present, ord=order, dtype=None if dtypes == {wide} else wide)
     return bool((torch.stack([norm.to(present[0].device) for norm in norms]) < bound).all())
 
 
@@ -357,11 +364,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _apply(params: list[Tensor], updates: list[Tensor], lr: float | Tensor, decay: float) -> None:
-    if decay:
-        torch._foreach_add_(updates, params, alpha=decay)
-    if isinstance(lr, Tensor):
-        torch._foreach_mul_(updates, lr)
+def _apply(params: list[Tensor], updates: list[Tensor], rate: Rate) -> None:
+    if rate.decay:
+        torch._foreach_add_(updates, params, alpha=rate.decay)
+    if isinstance(rate.lr, Tensor):
+        torch._foreach_mul_(updates, rate.lr)
         torch._foreach_sub_(params, updates)
     else:
-        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_add_(params, updates, alpha=-rate.lr)

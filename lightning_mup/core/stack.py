@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mup.core.transform import Context, State, Transform
+from lightning_mup.core.transform import Chain, Context, Direct, Members, State, Transform, part
 
 STEP = "step"
 
@@ -64,6 +64,11 @@ class Arrangement:
     def stacked(self) -> tuple[int, ...]:
         """Axes that index independent matrices."""
         return tuple(a for a in range(len(self.shape)) if a not in (*self.out, *self.summed))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the matrices lie in memory as the parameter does."""
+        return (*self.stacked, *self.out, *self.summed) == tuple(range(len(self.shape)))
 
     @property
     def rows(self) -> int:
@@ -171,6 +176,23 @@ class Stack:
             self.state[key].index_copy_(0, rows, value)
         self._steps[members] += 1
         return out_NOI
+
+    def to_move(self, transform: Transform, members: list[int], ctx: Context) -> tuple[Direct, Members] | None:
+        """Return the transform that may move some members itself, and what it needs of them; None if none may.
+
+        What is returned must be moved, since the members' steps are counted here.
+        """
+        only = transform.transforms[0] if isinstance(transform, Chain) and len(transform.transforms) == 1 else None
+        params, grads = ([getattr(self.params[i], key) for i in members] for key in ("data", "grad"))
+        if ctx.huge or not isinstance(only, Direct) or not only.moves or not self._plain(params, grads):
+            return None
+        self._steps[members] += 1
+        return only, list(zip(params, grads, [part(self._views[i], only.name) for i in members], strict=True))
+
+    def _plain(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Whether all are contiguous and of the state's dtype, as the state's views are where axes are in order."""
+        in_order = all(a.in_order for a in self.arrangements)
+        return in_order and all(x.dtype == self._work and x.is_contiguous() for x in (*params, *grads))
 
     def split(self, u_NOI: Tensor, members: list[int]) -> list[Tensor]:
         """Return the members' updates in the shapes of their parameters."""

@@ -6,7 +6,7 @@ Shapes: N matrices of a stack, O outputs (rows), I inputs (columns), as torch la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -55,6 +55,39 @@ class Transform(Protocol):
 
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the transformed stack, which the caller may overwrite, and advance the state in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What becomes of an update: ``W <- W - lr (U + decay W)``, with ``l2 W`` added to the gradient before.
+
+    Args:
+        lr: learning rate.
+        decay: removed per unit of learning rate.
+        l2: factor of the term in the gradient.
+    """
+
+    lr: float | torch.Tensor
+    decay: float
+    l2: float
+
+
+Members = list[tuple[torch.Tensor, torch.Tensor, State]]
+"""Parameters, each with its gradient and its part of a transform's state."""
+
+
+@runtime_checkable
+class Direct(Protocol):
+    """A transform that torch has as one fused step, in which parameters move without an update in between."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it does under its settings."""
+        ...
+
+    def move(self, members: Members, ctx: Context, rate: Rate) -> None:
+        """Move contiguous parameters, all of one dtype."""
         ...
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.adam import adam
 
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import Context, Members, Rate, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +53,30 @@ class Adam:
             m_NOI = state["m"].lerp_(u_NOI, 1 - beta1)
             root_NOI = state["v"].mul_(beta2).addcmul_(u_NOI, u_NOI, value=1 - beta2).sqrt()
             return torch.atan2(m_NOI, root_NOI.mul_((1 - beta1**t) * (1 - beta2**t) ** -0.5), out=root_NOI)
-        # torch's kernel passes over memory once. From zero, at a learning rate of -1, it leaves the direction itself.
+        # From zero, at a learning rate of -1, torch's kernel leaves the direction itself.
         out_NOI = torch.zeros_like(u_NOI)
+        self.move([(out_NOI, u_NOI, state)], ctx, Rate(lr=-1.0, decay=0.0, l2=0.0))
+        return out_NOI
+
+    @property
+    def moves(self) -> bool:
+        """Whether torch has the step."""
+        return not self.atan2
+
+    def move(self, members: Members, ctx: Context, rate: Rate) -> None:
+        """Take the step by torch's kernel, which passes over memory once."""
+        params, grads, states = map(list, zip(*members, strict=True))
+        m, v = ([state[key] for state in states] for key in ("m", "v"))
+        steps = torch.full((len(params),), ctx.step - 1.0, device=params[0].device)
         adam(
-            *([out_NOI], [u_NOI], [state["m"]], [state["v"]], []),
-            [torch.full((), t - 1.0, device=u_NOI.device)],
+            *(params, grads, m, v, [], list(steps.unbind())),
             fused=True,
+            decoupled_weight_decay=not rate.l2,
             amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=-1.0,
-            weight_decay=0.0,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate.lr,
+            weight_decay=rate.l2 or rate.decay,
             eps=self.eps,
             maximize=False,
         )
-        return out_NOI

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.optim.sgd import sgd
 
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import Context, Members, Rate, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,34 @@ class Momentum:
         """
         if not self.beta:
             return u_NOI.clone()
-        if "ema" not in state:
-            raise ValueError(f"momentum was 0 when the state was made, and is {self.beta} now; start with one above 0")
-        ema_NOI = state["ema"].lerp_(u_NOI, 1 - self.beta)
+        ema_NOI = self._ema(state).lerp_(u_NOI, 1 - self.beta)
         mixed_NOI = ema_NOI.lerp(u_NOI, 1 - self.beta) if self.nesterov else ema_NOI
         if self.debias:
             return mixed_NOI / (1 - self.beta**ctx.step)
         return mixed_NOI if self.nesterov else mixed_NOI.clone()
+
+    @property
+    def moves(self) -> bool:
+        """Whether torch has the step; its Nesterov momentum is another."""
+        return not self.nesterov
+
+    def move(self, members: Members, ctx: Context, rate: Rate) -> None:
+        """Take the step by torch's kernel, which passes over memory once."""
+        params, grads, states = map(list, zip(*members, strict=True))
+        if rate.decay:
+            torch._foreach_mul_(params, 1 - rate.lr * rate.decay)
+        sgd(
+            *(params, grads, [self._ema(state) if self.beta else None for state in states]),
+            fused=True,
+            weight_decay=rate.l2,
+            momentum=self.beta,
+            lr=rate.lr / (1 - self.beta**ctx.step) if self.debias else rate.lr,  # type: ignore[arg-type]
+            dampening=self.beta,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _ema(self, state: State) -> torch.Tensor:
+        if "ema" not in state:
+            raise ValueError(f"momentum was 0 when the state was made, and is {self.beta} now; start with one above 0")
+        return state["ema"]

@@ -138,6 +138,12 @@ def _multiply_in_float32() -> None:
     module.zero_power_via_newton_schulz_5 = functools.partial(given, dtype=torch.float32)
 
 
+def _converge_alike() -> None:
+    """Let pytorch-optimizer's Newton roots, which stop at a residual of 1e-3, go on to 1e-6 as ours do."""
+    module: Any = importlib.import_module("pytorch_optimizer.optimizer.utils.preconditioner")
+    module.compute_power_schur_newton = functools.partial(module.compute_power_schur_newton, error_tolerance=1e-6)
+
+
 _BF16, _FP32 = {"ns_dtype": torch.bfloat16}, {"ns_dtype": None}
 _NS_BF16 = Work({"newton_schulz": 5}, dtype=torch.bfloat16)
 _NS_FP32 = Work({"newton_schulz": 5})
@@ -281,6 +287,7 @@ PYTORCH_OPTIMIZER = (
         _SCHUR_10,
         like="Shampoo, Newton every 10",
         period=10,
+        prepare=_converge_alike,
     ),
 )
 

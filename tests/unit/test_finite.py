@@ -161,10 +161,11 @@ def test_half_precision_rounds_the_weights_alone(
         grads = [g.to(dtype) for g in gradients(step)]
         take_step(half, grads)
         take_step(whole, grads)
-        rounded = {
-            name: value.to(dtype) if name in wholes else value for name, value in snapshot(whole, wholes).items()
-        }
-        assert changed(snapshot(half, halves), rounded) == []
+        found = snapshot(half, halves)
+        for name, value in snapshot(whole, wholes).items():
+            # The last bit of a sum depends on where an entry lies, which may tip what is rounded.
+            tolerance = torch.finfo(dtype).eps if name in wholes else 1e-6
+            torch.testing.assert_close(found[name].float(), value, rtol=tolerance, atol=1e-6 * float(value.abs().max()))
         for name, p in wholes.items():
             p.data.copy_(halves[name])  # so that roundings do not add up
     assert {value.dtype for p in halves.values() for value in half.state[p].values()} == {torch.float32}

@@ -18,7 +18,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_mup import SGD, SOAP, Adam, AdaMuon, AdamW, Muon, Shampoo, StackedOptimizer
 from lightning_mup.core.optimizer import _STACK_ENTRIES
-from lightning_mup.core.transform import Chain
+from lightning_mup.core.stack import Stack
+from lightning_mup.core.transform import Chain, Transform
 from tests.models import generator
 from tests.unit.stacked import (
     CASES,
@@ -49,15 +50,22 @@ METHODS: dict[str, type[StackedOptimizer]] = {
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the stacks that the transforms were run on."""
+    """Shapes of the stacks that the transforms were run on, or that they moved themselves."""
     seen: list[tuple[int, ...]] = []
-    original = Chain.update
+    original, original_move = Chain.update, Stack.to_move
 
     def update(self: Chain, u_NOI: Tensor, *args: Any) -> Tensor:
         seen.append(tuple(u_NOI.shape))
         return original(self, u_NOI, *args)
 
+    def to_move(self: Stack, transform: Transform, members: list[int], *args: Any) -> object:
+        found, like = original_move(self, transform, members, *args), self.arrangements[0]
+        if found:
+            seen.append((sum(self.arrangements[i].count for i in members), like.rows, like.columns))
+        return found
+
     monkeypatch.setattr(Chain, "update", update)
+    monkeypatch.setattr(Stack, "to_move", to_move)
     return seen
 
 
