@@ -205,8 +205,6 @@ class StackedOptimizer(Optimizer):
     def _step_group(self, group: Group, huge: bool) -> None:
         rate = Rate(group["lr"], decay_per_lr(group), group["weight_decay"] if group["decay"] == "l2" else 0.0)
         direct: dict[tuple[Direct, Context, torch.device, torch.dtype], Members] = {}
-        params: list[Tensor] = []
-        updates: list[Tensor] = []
         for stack in self._stacks_of(group):
             stack.adopt(self.state)
             transform = self._chain(group, stack.method, stack.params[0])
@@ -217,12 +215,9 @@ class StackedOptimizer(Optimizer):
                     continue
                 with full_precision(stack.device):
                     u_NOI = stack.run(transform, members, ctx, rate.l2)
-                params += [stack.params[i] for i in members]
-                updates += stack.split(u_NOI, members)
+                _apply([stack.params[i] for i in members], stack.split(u_NOI, members), rate)
         for (mover, ctx, *_), moved in direct.items():
             mover.move(moved, ctx, rate)
-        if params:
-            _apply(params, updates, rate)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -273,9 +268,8 @@ class StackedOptimizer(Optimizer):
 
 def _portions(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Cut parameters of one shape into stacks of a size that a CPU's cache, or spare memory elsewhere, can hold."""
-    most = max(
-        1, _STACK_ENTRIES["cpu" if params[0].device.type == "cpu" else "accelerator"] // max(1, params[0].numel())
-    )
+    entries = _STACK_ENTRIES["cpu" if params[0].device.type == "cpu" else "accelerator"]
+    most = max(1, entries // params[0].numel())
     for start in range(0, len(params), most):
         yield list(params[start : start + most])
 
