@@ -30,7 +30,8 @@ class StackedOptimizer(Optimizer):
 
     One step of a matrix W with gradient G: ``U = chain(G)``, then ``W <- W - lr U - decay``, where ``decay`` is
 
-    - ``"independent"``: ``s weight_decay W``, with the schedule ``s = lr / (the group's lr when it was added)``;
+    - ``"independent"``: ``s weight_decay W``, with the schedule ``s = lr / (the group's lr when it was added)``, or
+      over the ``max_lr`` of OneCycleLR;
     - ``"coupled"``: ``lr weight_decay W``, as in torch's AdamW;
     - ``"l2"``: none here, but ``weight_decay W`` is added to G, as in torch's Adam.
 

@@ -56,7 +56,8 @@ def decay_per_lr(group: Group) -> float:
     """
     if not group["weight_decay"] or group["decay"] == "l2":
         return 0.0
-    peak = group["lr_scheduled_from"] * group.get("lr_mult", 1.0)
+    # OneCycleLR has a peak of its own, whatever the optimizer was given.
+    peak = group.get("max_lr", group["lr_scheduled_from"]) * group.get("lr_mult", 1.0)
     return float(group["weight_decay"] / (peak if group["decay"] == "independent" else 1.0))
 
 

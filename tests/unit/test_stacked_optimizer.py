@@ -586,6 +586,27 @@ def test_independent_decay_follows_the_schedule_alone(case: str, lr: float) -> N
     assert decayed(optimizer) == pytest.approx(math.prod(1 - 5e-3 / (1 + step) for step in range(6)), rel=1e-12)
 
 
+@pytest.mark.parametrize("lr", [1e-3, 0.2])
+def test_independent_decay_under_one_cycle_is_whole_at_its_peak(lr: float) -> None:
+    """Which OneCycleLR sets, whatever rate the optimizer was given."""
+    params = matrices(1, dtype=torch.float64)
+    start = params[0].detach().clone()
+    optimizer = AdamW(params, lr, weight_decay=5e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=10, pct_start=0.4, cycle_momentum=False
+    )
+    factors = []
+    for _ in range(10):
+        params[0].grad = torch.zeros_like(params[0])
+        factors.append(optimizer.param_groups[0]["lr"] / 0.1)
+        optimizer.step()
+        scheduler.step() if len(factors) < 10 else None
+    assert max(factors) == pytest.approx(1.0)
+    assert float(params[0].detach()[0, 0] / start[0, 0]) == pytest.approx(
+        math.prod(1 - 5e-3 * f for f in factors), rel=1e-12
+    )
+
+
 @pytest.mark.parametrize("lr", [0.1, 0.2])
 @pytest.mark.parametrize("case", CASES)
 def test_coupled_decay_follows_the_rate(case: str, lr: float) -> None:
