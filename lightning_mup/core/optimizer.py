@@ -44,6 +44,16 @@ class StackedOptimizer(Optimizer):
     - ``axes``, ``split``, ``lookup``: how parameters are matrices, if not ``(out, in, ...)``; for ``nn.Embedding``,
       ``{"axes": ((1,), (0,)), "lookup": True}``. :class:`lightning_mup.Parametrize` says all of this by itself.
 
+    Settings of all methods:
+
+    - ``graft``: name of the method whose length each matrix' update gets. Settings of one name are shared, but for an
+      epsilon that both have; further ones stand under its name (``adam={"eps": 1e-8}``);
+    - ``graft_eps``: added to the norm that is divided by in grafting (>= 0);
+    - ``spectral_norm``: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1);
+    - ``weight_decay``: see ``decay`` above (>= 0);
+    - ``nonfinite``: what to do about a gradient that is not finite: ``"raise"``, ``"skip"`` the step, or ``"ignore"``,
+      which does not look. To look is to wait for the device once per step.
+
     Args:
         params: parameters, ``named_parameters()``, or groups of either.
         method: the method of groups that name none, by name or, where no entry point offers it, itself.

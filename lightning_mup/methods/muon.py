@@ -46,12 +46,8 @@ class Muon(StackedOptimizer):
         ns_dtype: dtype of the iteration; None for the state's, ``torch.bfloat16`` for speed.
         adam: settings of Adam for what it takes over, and for ``graft="adam"`` (``{"betas": (0.9, 0.95)}``).
         routes: method by role, for groups that say their ``role``; vectors and scalars are Adam's in any case.
-        graft: method whose length each matrix' update gets, by name; settings of one name are shared, but for epsilons.
-        graft_eps: added to the norm that is divided by in grafting (>= 0).
-        spectral_norm: whether updates are brought to spectral norm ``(fan_out/fan_in)^(1/2)`` (embeddings to RMS 1).
-        weight_decay: see ``decay`` (>= 0).
-        decay: ``"independent"``, ``"coupled"`` or ``"l2"``; see :class:`~lightning_mup.StackedOptimizer`.
-        nonfinite: what to do about a gradient that is not finite: ``"raise"``, ``"skip"`` the step, or ``"ignore"``.
+        graft, graft_eps, spectral_norm, weight_decay, decay, nonfinite: see
+            :class:`~lightning_mup.StackedOptimizer`.
 
     Raises:
         ValueError: a setting is unknown or out of range.
