@@ -12,18 +12,22 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lightning_mup"
 
-BOTTOM = {"core", "rules", "transforms", "methods"}
-MIDDLE = BOTTOM | {"models", "data", "analysis", "callbacks", "strategies"}
+BOTTOM = {"core", "rules", "transforms", "methods", "decays"}
+MIDDLE = BOTTOM | {"models", "data", "analysis", "metrics", "callbacks", "strategies"}
 
 # part of the package (a folder or a top-level file) -> parts that it may import, itself included
 MAY_IMPORT = {
     "core": {"core"},
     "rules": {"core", "rules"},
+    "decays": {"core", "decays"},
     "transforms": {"core", "transforms"},
     "methods": {"core", "transforms", "methods"},
     "models": {"models"},
     "data": {"data"},
     "analysis": BOTTOM | {"analysis"},
+    "metrics": {"core", "metrics"},
+    "schedules": {"core", "schedules"},
+    "horizon": {"core", "horizon"},
     "callbacks": MIDDLE,
     "strategies": MIDDLE,
     "__init__": MIDDLE | {"__init__"},
