@@ -187,6 +187,10 @@ class WeightDecay(Callback):
 
     # -- what -----------------------------------------------------------------------------------------------------
 
+    def fractions(self, optimizer: Optimizer) -> dict[int, float]:
+        """Return the fraction that an optimizer's next step will remove, by ``id`` of the parameter."""
+        return {key: value for step in self._steps for key, value in step.fractions(optimizer).items()}
+
     def _specs(self, trainer: Trainer, module: LightningModule) -> tuple[ParamSpec, ...]:
         if (found := _parametrize_of(trainer)) is not None:
             assert found.plan is not None

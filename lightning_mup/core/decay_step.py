@@ -64,6 +64,12 @@ class DecayStep:
         self._groups = len(optimizer.param_groups)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
+    def fractions(self, optimizer: Optimizer) -> dict[int, float]:
+        """Return what the next step will remove, by ``id`` of the parameter; nothing for another optimizer."""
+        if optimizer is not self._optimizer:
+            return {}
+        return {id(p): 1.0 - self._factor(share) for share in self._shares for p in share.params}
+
     def remove(self) -> None:
         """Take the hook off again."""
         self._handle.remove()
