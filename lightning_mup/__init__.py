@@ -2,6 +2,8 @@
 
 from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate_check
 from lightning_mup.callbacks.parametrize import Parametrize
+from lightning_mup.callbacks.watch_updates import WatchUpdates
+from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.base import Base
 from lightning_mup.core.factors import multipliers
 from lightning_mup.core.layout import Layout
@@ -49,6 +51,8 @@ __all__ = [
     "Shampoo",
     "Size",
     "StackedOptimizer",
+    "WatchUpdates",
+    "WeightDecay",
     "all_methods",
     "all_rules",
     "coordinate_check",

@@ -12,10 +12,15 @@ import lightning_mup
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
+KINDS = {
+    "callbacks/parametrize": lightning_mup.Parametrize,
+    "callbacks/watch_updates": lightning_mup.WatchUpdates,
+    "callbacks/weight_decay": lightning_mup.WeightDecay,
+}
 
 
-def test_there_are_files() -> None:
-    assert "callbacks/parametrize" in FILES
+def test_every_file_has_a_kind() -> None:
+    assert sorted(KINDS) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -23,8 +28,15 @@ def test_composes_and_instantiates(name: str) -> None:
     group, _, choice = name.rpartition("/")
     with initialize_config_module("lightning_mup.conf", version_base="1.3"):
         found = instantiate(compose(overrides=[f"+{group}={choice}"]))
-    assert isinstance(found[group]["parametrize"], lightning_mup.Parametrize)
-    assert found[group]["parametrize"].base == {"width": 128}
+    assert isinstance(found[group][choice], KINDS[name])
+
+
+def test_callbacks_stand_side_by_side() -> None:
+    with initialize_config_module("lightning_mup.conf", version_base="1.3"):
+        found = instantiate(compose(overrides=["+callbacks=[parametrize,weight_decay,watch_updates]"]))
+    assert found.callbacks.parametrize.base == {"width": 128}
+    assert found.callbacks.weight_decay.amount.value == 1e-4
+    assert found.callbacks.watch_updates.every_n_steps == 100
 
 
 def test_an_override_reaches_the_callback() -> None:
