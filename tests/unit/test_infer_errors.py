@@ -135,9 +135,9 @@ def test_heads_in_a_list() -> None:
 @pytest.mark.parametrize("role", ["hiden", "matrix", 3])
 def test_unknown_role(role: RoleLike) -> None:
     text = message(linears(8, 8), linears(4, 4), {"0.weight": role})
-    assert text == (
-        f"unknown role {role!r}; allowed: input (or embedding), hidden, output (or readout), vector, scalar"
-    )
+    near = "; did you mean 'hidden'?" if role == "hiden" else ""
+    allowed = "input (or embedding), hidden, output (or readout), vector, scalar"
+    assert text == f"unknown role {role!r}; allowed: {allowed}{near}"
 
 
 def test_pattern_that_matches_nothing() -> None:
