@@ -140,7 +140,6 @@ def test_plan_says_warnings_in_one_line(lightning_mup: Result) -> None:
 
 
 def test_plan_is_coloured_on_a_terminal(lightning_mup: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
