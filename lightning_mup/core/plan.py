@@ -196,7 +196,8 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 def _cells(param: ParamPlan) -> tuple[str, ...]:
     spec = param.spec
     because = f"{spec.why}, ends branch" if spec.branch and param.folded * param.forward != 1 else spec.why
-    eps = ",".join(_show(v) for v in param.eps.values())
+    several = len(param.eps) > 1
+    eps = " ".join(f"{key}={_show(v)}" if several else _show(v) for key, v in param.eps.items())
     multiplier = _show(param.forward) if param.readout == 1 else f"readout {_show(param.readout)}"
     numbers = (_show(param.init), _show(param.lr), eps, _show(param.weight_decay), multiplier)
     depth = str(spec.depth) if spec.depth.ratio != 1 else "1/1"
