@@ -1,11 +1,14 @@
 """Hyperparameters tuned on a small proxy, carried over to a large model: callbacks for PyTorch Lightning."""
 
 from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate_check
+from lightning_mup.callbacks.grafting import Grafting
 from lightning_mup.callbacks.parametrize import Parametrize
+from lightning_mup.callbacks.spectral_normalization import SpectralNormalization
 from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.base import Base
 from lightning_mup.core.factors import multipliers
+from lightning_mup.core.grafted import Grafted
 from lightning_mup.core.layout import Layout
 from lightning_mup.core.measure import measure, measure_update_norm
 from lightning_mup.core.method import Method, Size, all_methods
@@ -37,6 +40,8 @@ __all__ = [
     "Choices",
     "CoordinateCheck",
     "Dim",
+    "Grafted",
+    "Grafting",
     "Layout",
     "Method",
     "Muon",
@@ -50,6 +55,7 @@ __all__ = [
     "Rules",
     "Shampoo",
     "Size",
+    "SpectralNormalization",
     "StackedOptimizer",
     "WatchUpdates",
     "WeightDecay",

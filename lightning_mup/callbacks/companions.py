@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, Stoc
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
+from lightning_mup.core.grafted import Grafted
 from lightning_mup.core.method import Method, all_methods, find_method
 
 _CALLBACKS = {
@@ -81,7 +82,7 @@ def refuse_meta(trainer: Trainer, module: LightningModule) -> None:
 
 
 def optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401 - whatever configure_optimizers may return
-    """Return the optimizers in what ``configure_optimizers`` returned.
+    """Return the optimizers in what ``configure_optimizers`` returned: of a graft both, the length's last.
 
     Raises:
         TypeError: an optimizer is not a :class:`torch.optim.Optimizer`, so its groups were not seen.
@@ -90,6 +91,8 @@ def optimizers_in(result: Any) -> list[Optimizer]:  # noqa: ANN401 - whatever co
         >>> optimizers_in(([], [{"scheduler": None}])), optimizers_in(None)
         ([], [])
     """
+    if isinstance(result, Grafted):
+        return [result.direction, result.magnitude]
     if isinstance(result, Optimizer):
         return [result]
     if isinstance(result, dict):

@@ -240,14 +240,16 @@ class Parametrize(Callback):
         names = {id(p): names[0] for names, p in shared_names(module)}
         with GroupSplitter(self._scaling, names, self.declare) as splitter:
             result = original() if self.method is None else self._supply(module)
-        unseen = [o for o in optimizers_in(result) if o not in splitter.optimizers]
+        found = optimizers_in(result)
+        unseen = [o for o in found if o not in splitter.optimizers]
         if unseen:
             raise ValueError(
                 f"{type(unseen[0]).__name__} was built before configure_optimizers was called, so its groups could "
                 f"not be split; build it inside configure_optimizers"
             )
         splitter.finish()
-        self.plan = self._complete(splitter.params)
+        of_found = (item for o in found for item in splitter.rows.get(o, {}).items())
+        self.plan = self._complete({**splitter.params, **dict(of_found)})
         self._compare()
         return result
 

@@ -18,11 +18,13 @@ def patch_method(
     *,
     after: Callable[[LightningModule], None] | None = None,
     instead: Callable[[LightningModule, Callable[..., Any]], Any] | None = None,
+    inside: bool = False,
 ) -> None:
     """Call something after a method of this instance, or instead of it with the original at hand.
 
     The wrapper is a bound method: a deep copy of the module gets one bound to the copy, a pickled module comes back
-    with its class's own method, and Lightning's ``is_overridden`` sees through it. A patch replaces an earlier one.
+    with its class's own method, and Lightning's ``is_overridden`` sees through it. A patch replaces an earlier one;
+    but one ``inside`` and one that is not stand together, whichever came first: the former is the latter's original.
 
     Examples:
         >>> module = LightningModule()
@@ -32,13 +34,8 @@ def patch_method(
         >>> unpatch_method(module, "setup")
         >>> module.setup("fit")
     """
-    unpatch_method(module, name)  # one may be left over from a run that raised
-    earlier = module.__dict__.get(name)
-    original = getattr(type(module), name) if earlier is None else _unbound(earlier, module)
 
-    @functools.wraps(original)
-    def wrapper(self: LightningModule, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the original
-        call = functools.partial(original, self, *args, **kwargs)
+    def layer(self: LightningModule, call: Callable[..., Any]) -> Any:  # noqa: ANN401 - as the original
         if instead is not None:
             return instead(self, call)
         result = call()
@@ -46,23 +43,46 @@ def patch_method(
             after(self)
         return result
 
-    setattr(wrapper, _OURS, True)
-    wrapper.__dict__["earlier"] = earlier
-    module.__dict__[name] = types.MethodType(wrapper, module)
+    layers = {**_layers(module, name), inside: layer}  # one may be left over from a run that raised
+    _install(module, name, layers)
 
 
-def unpatch_method(module: LightningModule, name: str) -> None:
+def unpatch_method(module: LightningModule, name: str, *, inside: bool = False) -> None:
     """Take a patch off again, if there is one; what an instance had before comes back.
 
     Examples:
         >>> unpatch_method(LightningModule(), "setup")
     """
-    found = module.__dict__.get(name)
-    if found is None or not getattr(found, _OURS, False):
-        return
-    del module.__dict__[name]
-    if (earlier := found.__func__.earlier) is not None:
+    layers = _layers(module, name)
+    if inside in layers:
+        _install(module, name, {key: layer for key, layer in layers.items() if key != inside})
+
+
+def _layers(module: LightningModule, name: str) -> dict[bool, Callable[..., Any]]:
+    found = getattr(module.__dict__.get(name), _OURS, None)
+    return dict(found) if found else {}
+
+
+def _install(module: LightningModule, name: str, layers: dict[bool, Callable[..., Any]]) -> None:
+    earlier = module.__dict__.pop(name, None)
+    if getattr(earlier, _OURS, None):
+        earlier = earlier.__func__.earlier
+    if earlier is not None:
         module.__dict__[name] = earlier
+    if not layers:
+        return
+    original = getattr(type(module), name) if earlier is None else _unbound(earlier, module)
+
+    @functools.wraps(original)
+    def wrapper(self: LightningModule, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the original
+        call: Callable[..., Any] = functools.partial(original, self, *args, **kwargs)
+        for inside in sorted(layers, reverse=True):
+            call = functools.partial(layers[inside], self, call)
+        return call()
+
+    setattr(wrapper, _OURS, layers)
+    wrapper.__dict__["earlier"] = earlier
+    module.__dict__[name] = types.MethodType(wrapper, module)
 
 
 def _unbound(method: Callable[..., Any], module: LightningModule) -> Callable[..., Any]:

@@ -114,7 +114,7 @@ class DecayStep:
 
     @torch.no_grad()
     def _decay(self) -> None:
-        if not _will_update(self._optimizer):
+        if not will_update(self._optimizer):
             return
         alike: dict[tuple[torch.device, torch.dtype, float], list[Tensor]] = {}
         for share in self._shares:
@@ -177,8 +177,13 @@ def _shares(optimizer: Optimizer, rates: Mapping[int, float]) -> list[Share]:
     return found
 
 
-def _will_update(optimizer: Optimizer) -> bool:
-    """Whether the step that is about to be taken changes anything."""
+def will_update(optimizer: Optimizer) -> bool:
+    """Whether the step that is about to be taken changes anything.
+
+    Examples:
+        >>> will_update(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+        True
+    """
     overflown = getattr(optimizer, "found_inf", None)  # a gradient scaler tells a fused optimizer so
     if overflown is not None and bool(overflown):
         return False

@@ -72,6 +72,7 @@ class GroupSplitter:
         self.optimizers: list[Optimizer] = []
         self.schedulers: list[LRScheduler] = []
         self.params: dict[str, ParamPlan] = {}
+        self.rows: dict[Optimizer, dict[str, ParamPlan]] = {}
 
     def __enter__(self) -> GroupSplitter:
         """Start watching optimizers and schedulers."""
@@ -186,6 +187,7 @@ class GroupSplitter:
         if name not in self._specs:  # frozen: it has no row and keeps its settings
             return None
         self.params[name] = self._scaling.param(self._specs[name], method, settings)
+        self.rows.setdefault(optimizer, {})[name] = self.params[name]
         return self.params[name]
 
 

@@ -228,6 +228,7 @@ def method_of(optimizer: torch.optim.Optimizer) -> Method:
         >>> method_of(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).name
         'adamw'
     """
+    optimizer = getattr(optimizer, "magnitude", optimizer)  # the rule of a graft is that of its length
     declared = {cls: method for method in all_methods().values() for cls in method.optimizers}
     for cls in type(optimizer).__mro__:
         if cls in declared:

@@ -155,7 +155,7 @@ class StackedOptimizer(Optimizer):
                 device,
             )
             for key, alike in parts.items()
-            for params in _portions(alike)
+            for params in portions(alike)
         ]
 
     def _chain(self, group: Group, name: str, param: Tensor) -> Transform:
@@ -277,7 +277,7 @@ class StackedOptimizer(Optimizer):
         self._stacks = {}
 
 
-def _portions(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def portions(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Cut parameters of one shape into stacks of a size that a CPU's cache, or spare memory elsewhere, can hold."""
     entries = _STACK_ENTRIES["cpu" if params[0].device.type == "cpu" else "accelerator"]
     most = max(1, entries // params[0].numel())

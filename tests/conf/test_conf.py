@@ -13,7 +13,9 @@ import lightning_mup
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
 KINDS = {
+    "callbacks/grafting": lightning_mup.Grafting,
     "callbacks/parametrize": lightning_mup.Parametrize,
+    "callbacks/spectral_normalization": lightning_mup.SpectralNormalization,
     "callbacks/watch_updates": lightning_mup.WatchUpdates,
     "callbacks/weight_decay": lightning_mup.WeightDecay,
 }

@@ -1,0 +1,353 @@
+"""Grafted: any two torch optimizers, the length of one's step in the direction of the other's.
+
+Shapes: N matrices of a parameter, B blocks of each, of P rows and Q columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_mup.core.blocking import Blocking
+from lightning_mup.core.decay_step import peak_rate, rate_now
+from lightning_mup.core.linalg import widened
+from lightning_mup.core.method import Decay, all_methods
+from lightning_mup.core.own_decay import decay_of, without_decay
+from lightning_mup.core.registry import near
+from lightning_mup.core.schedules import LR_AT_BASE, LR_MULT, Group
+from lightning_mup.core.stack import Arrangement
+
+Per = Literal["matrix", "block", "group"]
+Side = Literal["direction", "magnitude"]
+_TOLERANCE = 1e-6  # quotients of rates are rounded
+PEAK = "graft_lr"
+"""Key of a parameter group that holds the rate from which its schedule starts, or to which it rises."""
+
+
+class Grafted(Optimizer):
+    """``W <- W - lr U - decay``, ``U = ||U1||_F / (||U2||_F + eps) U2``: the magnitude's U1, the direction's U2.
+
+    Both optimizers step from the same weights, each with its own state, and with its weight decay off. The groups of
+    the whole are those of the leader, with all of its settings: schedulers move their ``lr``, which the other
+    optimizer's rates follow in proportion, and their ``weight_decay`` is applied beside the step. The step is as long
+    as the magnitude's at its own rate, whoever leads; hence the rule for its rate is the magnitude's. The rate of the
+    direction cancels. The follower may lack some of the leader's parameters, which then move as the leader has them.
+
+    Args:
+        direction: gives the direction.
+        magnitude: gives the length.
+        leader: whose groups are those of the whole; the weight decay of the other one is set to 0.
+        per: what has one length: each ``"matrix"`` (a vector is one), each ``"block"``, or all of a ``"group"``.
+        block_size: largest side of a block (>= 1), for ``per="block"``.
+        graft_eps: added to the direction's norm, in units of its update at rate 1 (>= 0); no plan scales it.
+        decay: what the leader's ``weight_decay`` means, ``"coupled"`` or ``"independent"``; None as it declares.
+
+    Raises:
+        ValueError: a setting is out of range, the follower holds what the leader does not, a rate is 0, or a decay is
+            an L2 term.
+        TypeError: a parameter is sharded.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
+        >>> sgd, adam = torch.optim.SGD([weight], lr=1.0), torch.optim.Adam([weight], lr=0.1)
+        >>> optimizer = Grafted(direction=sgd, magnitude=adam)
+        >>> weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([[-0.0849, -0.1131]])
+
+    Reference:
+        Agarwal et al. 2020 (arXiv:2002.11803); arXiv:2512.05620, equation 31 and Table 1 (the rate of Q1).
+    """
+
+    direction: Optimizer
+    magnitude: Optimizer
+    _settings: tuple[Side, Per, int | None, float, Decay | None]
+
+    def __init__(
+        self,
+        *,
+        direction: Optimizer,
+        magnitude: Optimizer,
+        leader: Side = "magnitude",
+        per: Per = "matrix",
+        block_size: int | None = None,
+        graft_eps: float = 1e-8,
+        decay: Decay | None = None,
+    ) -> None:
+        check_settings(leader, per, block_size, graft_eps, decay)
+        self.__setstate__(
+            {
+                "direction": direction,
+                "magnitude": magnitude,
+                "defaults": dict((magnitude if leader == "magnitude" else direction).defaults),
+                "_settings": (leader, per, block_size, graft_eps, decay),
+            }
+        )
+        self._check()
+
+    # -- groups and state are the two optimizers' ------------------------------------------------------------------
+
+    @property
+    def leader(self) -> Optimizer:
+        """The optimizer whose groups are those of the whole."""
+        return self.magnitude if self._settings[0] == "magnitude" else self.direction
+
+    @property
+    def follower(self) -> Optimizer:
+        """The other one, whose rates follow."""
+        return self.direction if self._settings[0] == "magnitude" else self.magnitude
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The leader's groups."""
+        return self.leader.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """Both optimizers' state by parameter, under ``direction/`` and ``magnitude/``."""
+        found: dict[Tensor, dict[str, Any]] = {}
+        for side, optimizer in self._sides().items():
+            for p, state in optimizer.state.items():
+                found.setdefault(p, {}).update({f"{side}/{key}": value for key, value in state.items()})
+        return found
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group to the leader, and its parameters to the other one."""
+        group = dict(param_group)
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        self.leader.add_param_group(group)
+        self.follower.add_param_group({"params": list(self.leader.param_groups[-1]["params"])})
+        self._check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both optimizers' states and groups, beside the keys that every optimizer has."""
+        both: dict[str, Any] = {side: optimizer.state_dict() for side, optimizer in self._sides().items()}
+        return {"state": {}, "param_groups": both[self._settings[0]]["param_groups"], **both}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ValueError: it is another optimizer's.
+        """
+        if missing := [side for side in get_args(Side) if side not in state_dict]:
+            raise ValueError(
+                f"the checkpoint holds {sorted(state_dict)}, but Grafted needs {missing}, too; load it into the "
+                f"optimizer that it was saved from"
+            )
+        for side, optimizer in self._sides().items():
+            optimizer.load_state_dict(dict(state_dict[side]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy takes along."""
+        return {key: self.__dict__[key] for key in ("direction", "magnitude", "defaults", "_settings")}
+
+    def _sides(self) -> dict[Side, Optimizer]:
+        return {"direction": self.direction, "magnitude": self.magnitude}
+
+    # -- stepping -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; parameters without a gradient stay.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._opt_called = True  # what torch's schedulers look at
+        self._follow()
+        params = [p for p in _params(self.leader) if p.grad is not None]
+        before = [p.clone() for p in params]
+        steps = {side: _moved(optimizer, params, before) for side, optimizer in self._sides().items()}
+        rates = {p: float(group["lr"]) for group in self.direction.param_groups for p in group["params"]}
+        present = set(params)
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p in present]
+            fraction = self._fraction(group)
+            for p, step in zip(members, self._grafted(group, members, steps, rates), strict=True):
+                if fraction:
+                    p.mul_(1.0 - fraction)
+                p.add_(step)
+        return loss
+
+    def _grafted(
+        self, group: Group, members: list[Tensor], steps: dict[Side, dict[Tensor, Tensor]], rates: dict[Tensor, float]
+    ) -> list[Tensor]:
+        """Return the members' steps: the direction's at the magnitude's length; the leader's where it is alone."""
+        _, per, block_size, eps, _ = self._settings
+        blocks = {p: _Blocks(p, group, block_size) for p in members}
+        both = [p for p in members if p in steps["direction"] and p in steps["magnitude"]]
+        own, length = ([blocks[p].norms(steps[side][p]) for p in both] for side in get_args(Side))
+        if per == "group":
+            own, length = _together(own), _together(length)
+        found = {p: widened(step) for side in get_args(Side) for p, step in steps[side].items()}
+        for p, own_NB11, length_NB11 in zip(both, own, length, strict=True):
+            factor_NB11 = torch.where(own_NB11 > 0, length_NB11 / (own_NB11 + eps * rates[p]), 0.0)
+            found[p] = blocks[p].scaled(steps["direction"][p], factor_NB11)
+        return [found[p] for p in members]
+
+    def _fraction(self, group: Group) -> float:
+        """Return what a step removes of the weights of one of the leader's groups."""
+        if not group.get("weight_decay"):
+            return 0.0
+        declared = decay_of(self.leader, group) or "coupled"
+        # Under a plan, a coupled decay is divided by the rate's multiplier; so it is here where it is not by itself.
+        multiplier = group.get(LR_MULT, 1.0) ** ((declared == "coupled") - 1)
+        rate = {"coupled": float(group["lr"]) * multiplier}
+        rate["independent"] = rate_now(group) / group[PEAK] * group.get(LR_MULT, 1.0) * multiplier
+        return float(group["weight_decay"] * rate[self._settings[4] or declared])
+
+    def _follow(self) -> None:
+        """Bring the follower's rates to where the leader's are on their schedules."""
+        places = {p: rate_now(group) / group[PEAK] for group in self.param_groups for p in group["params"]}
+        for group in self.follower.param_groups:
+            found = {places[p] for p in group["params"] if p in places}
+            # The rate of a direction cancels.
+            if self.follower is self.magnitude and len(found) > 1 and max(found) > min(found) * (1 + _TOLERANCE):
+                raise ValueError(
+                    f"{type(self.follower).__name__} holds in one group what is in several groups of "
+                    f"{type(self.leader).__name__}, whose schedules stand at {sorted(found)}; give it these groups, too"
+                )
+            at_base = group[PEAK] * max(found, default=1.0)
+            if LR_AT_BASE in group:
+                group[LR_AT_BASE] = at_base
+            _set(group, at_base * group.get(LR_MULT, 1.0))
+
+    def _check(self) -> None:
+        for optimizer in self._sides().values():
+            _check_groups(optimizer)
+        led, followed = set(_params(self.leader)), set(_params(self.follower))
+        if not followed or not followed <= led:
+            raise ValueError(
+                f"{type(self.follower).__name__} must hold some of the {len(led)} parameters of the leader, "
+                f"{type(self.leader).__name__}, and no others, got {len(followed & led)} of them and "
+                f"{len(followed - led)} others; build both over the same ones, or let the other one lead"
+            )
+        for group in self.follower.param_groups:
+            if group.get("weight_decay"):
+                group["weight_decay"] = 0.0
+        for group in self.leader.param_groups:
+            self._check_decay(group)
+
+    def _check_decay(self, group: Group) -> None:
+        declared, kind = decay_of(self.leader, group), type(self.leader).__name__
+        if not group.get("weight_decay"):
+            return
+        if declared == "l2" or (declared is None and self._settings[4] is None):
+            what = "adds it to the gradient" if declared == "l2" else "does not say what it does with it"
+            raise ValueError(
+                f"{kind} has weight_decay={group['weight_decay']} and {what}, so that it cannot be taken out of the "
+                f"step; use an optimizer that decays beside it (AdamW), weight_decay=0, or, where nothing is declared, "
+                f"decay='coupled'"
+            )
+
+
+# Torch's schedulers wrap the step of an instance to know that it was called, unless it says that it is wrapped.
+Grafted.step.__dict__["_wrapped_by_lr_sched"] = True
+
+
+def check_settings(leader: str, per: str, block_size: int | None, graft_eps: float, decay: str | None) -> None:
+    """Check the settings of a graft.
+
+    Raises:
+        ValueError: one is out of range.
+
+    Examples:
+        >>> check_settings("magnitude", "matrx", None, 0.0, None)
+        Traceback (most recent call last):
+        ValueError: per must be one of ('matrix', 'block', 'group'), got 'matrx'; did you mean 'matrix'?
+    """
+    closed = {
+        "leader": (leader, get_args(Side)),
+        "per": (per, get_args(Per)),
+        "decay": (decay, (None, "coupled", "independent")),
+    }
+    for key, (value, allowed) in closed.items():
+        if value not in allowed:
+            raise ValueError(f"{key} must be one of {allowed}, got {value!r}{near(str(value), map(str, allowed))}")
+    if (per == "block") != (block_size is not None) or (block_size is not None and block_size < 1):
+        raise ValueError(f"block_size >= 1 goes with per='block', got {block_size} with per={per!r}; give both or none")
+    if not graft_eps >= 0:
+        raise ValueError(f"graft_eps must be >= 0, got {graft_eps}; 1e-8 is usual")
+
+
+class _Blocks:
+    """How a parameter is cut into what has one length."""
+
+    def __init__(self, param: Tensor, group: Group, block_size: int | None) -> None:
+        self._arrangement = Arrangement.of(param, group)
+        self._blocking = Blocking(self._arrangement.rows, self._arrangement.columns, block_size)
+
+    def norms(self, x: Tensor) -> Tensor:
+        """Return the norms [N, B, 1, 1] of a step."""
+        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
+        norm_NB11: Tensor = torch.linalg.vector_norm(x_NBPQ, dim=(2, 3), keepdim=True)
+        return norm_NB11
+
+    def scaled(self, x: Tensor, factor_NB11: Tensor) -> Tensor:
+        """Return a step with its blocks multiplied."""
+        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
+        return self._arrangement.give(self._blocking.merge(x_NBPQ * factor_NB11))
+
+
+def _together(norms: Sequence[Tensor]) -> list[Tensor]:
+    if not norms:
+        return []
+    total = torch.stack([norm.square().sum().to(norms[0].device) for norm in norms]).sum().sqrt()
+    return [total.to(norm.device).expand_as(norm) for norm in norms]
+
+
+def _moved(optimizer: Optimizer, params: Sequence[Tensor], before: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Return by how much an optimizer moves its parameters, and put all of them back."""
+    held = set(_params(optimizer))
+    own, start = [p for p in params if p in held], [b for p, b in zip(params, before, strict=True) if p in held]
+    blind = _is_blind(type(optimizer))
+    if not own:
+        return {}
+    try:
+        if blind:  # from zero, a small step loses no digits, and one of bfloat16 not all of them
+            torch._foreach_zero_(own)
+        with without_decay(optimizer.param_groups):
+            optimizer.step()
+        moved = [p.clone() for p in own] if blind else torch._foreach_sub(own, start)
+    finally:
+        torch._foreach_copy_(own, start)
+    return dict(zip(own, moved, strict=True))
+
+
+def _is_blind(kind: type[Optimizer]) -> bool:
+    """Whether the update is known not to depend on the weights; a subclass may look at them."""
+    return any(kind in method.optimizers and not method.weight_degree for method in all_methods().values())
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if any(isinstance(p, DTensor) for p in group["params"]):
+            raise TypeError(f"{type(optimizer).__name__} holds DTensors, of which norms are not at hand; use DDP")
+        group.setdefault(PEAK, peak_rate(group))
+        if not group[PEAK] > 0:
+            raise ValueError(
+                f"{type(optimizer).__name__} starts at lr={group[PEAK]}, from which no schedule can be followed; give "
+                f"the peak rate and let a scheduler lower it"
+            )
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _set(group: Group, rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
