@@ -133,6 +133,13 @@ def _table(figures: Mapping[tuple[str, int], Figures], width: int, left_out: Map
     return table
 
 
+def _compared(ours: Figures, theirs: Figures) -> float:
+    """Return our time over theirs, each in units of what its own process measured of the same kind of work."""
+    if ours.floor is not None and theirs.floor is not None:
+        return ours.floor / theirs.floor
+    return ours.ratio[0] / theirs.ratio[0]
+
+
 def _cells(figures: Mapping[tuple[str, int], Figures], row: Row, width: int) -> list[str]:
     own = figures[row.label, width]
     power = growth(figures, row.label)
@@ -146,7 +153,7 @@ def _cells(figures: Mapping[tuple[str, int], Figures], row: Row, width: int) -> 
         f"{own.state_bytes:.1f}",
         "" if power is None else f"n^{power:.1f}",
         f"{own.kept}/{own.kept + own.dropped}{'*' if own.disturbed else ''}",
-        "" if ours is None else f"{ours.ratio[0] / own.ratio[0]:.2f}",
+        "" if ours is None else f"{_compared(ours, own):.2f}",
         "" if ours is None or not own.state_bytes else f"{ours.state_bytes / own.state_bytes:.2f}",
     ]
 
