@@ -187,6 +187,9 @@ def will_update(optimizer: Optimizer) -> bool:
     overflown = getattr(optimizer, "found_inf", None)  # a gradient scaler tells a fused optimizer so
     if overflown is not None and bool(overflown):
         return False
+    parts = [getattr(optimizer, side, None) for side in ("direction", "magnitude")]  # of a graft
+    if all(isinstance(part, Optimizer) for part in parts):
+        return all(will_update(part) for part in parts if part is not None)
     if not isinstance(optimizer, StackedOptimizer):
         return True
     looked_at = [group for group in optimizer.param_groups if group["nonfinite"] != "ignore"]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mup.core.blocking import Blocking
-from lightning_mup.core.decay_step import peak_rate, rate_now
+from lightning_mup.core.decay_step import peak_rate, rate_now, will_update
 from lightning_mup.core.linalg import widened
 from lightning_mup.core.method import Decay, all_methods
 from lightning_mup.core.own_decay import decay_of, without_decay
@@ -165,6 +165,10 @@ class Grafted(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._opt_called = True  # what torch's schedulers look at
+        if idle := [part for part in (self.direction, self.magnitude) if not will_update(part)]:
+            for part in idle:  # which raises or does nothing, as it was told
+                part.step()
+            return loss
         self._follow()
         params = [p for p in _params(self.leader) if p.grad is not None]
         before = [p.clone() for p in params]

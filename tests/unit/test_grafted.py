@@ -8,7 +8,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -336,3 +336,19 @@ def test_follower_may_not_hold_more_than_the_leader() -> None:
     params = weights()
     with pytest.raises(ValueError, match=r"SGD must hold some of the 2 .*got 2 of them and 1 others.*other one lead"):
         Grafted(direction=sgd(params), magnitude=adamw(params[:2]))
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_part_that_sits_a_step_out_keeps_the_other_from_it(nonfinite: Literal["skip", "raise"]) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    direction = mup.SGD([weight], lr=0.1, nonfinite=nonfinite)
+    magnitude = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.1)
+    grafted = Grafted(direction=direction, magnitude=magnitude)
+    weight.grad = torch.full((2, 2), float("inf"))
+    if nonfinite == "raise":
+        with pytest.raises(ValueError, match="nothing was changed"):
+            grafted.step()
+    else:
+        grafted.step()
+    assert torch.equal(weight, torch.ones(2, 2))
+    assert not magnitude.state
