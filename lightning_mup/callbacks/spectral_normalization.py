@@ -46,7 +46,8 @@ class SpectralNormalization(Callback):
     normalized by its ``lr_multipliers`` and folded forward multipliers alone. The optimizer's own weight decay is kept
     out of the norm and applied beside the step, but for an L2 term, which is part of the gradient. One iteration a
     step follows steps that change slowly; it falls behind, so that norms come out too large, where batches are noisy or
-    singular values nearly alike (Muon). Parameters in bfloat16 move by what their rounding leaves of the step.
+    singular values nearly alike (Muon). It does not go on at a step of rate 0, which hides the direction (a warm-up's
+    first). Parameters in bfloat16 move by what their rounding leaves of the step.
 
     Args:
         readout: readouts by ``"spectral"`` norm, by ``"rms"`` (``lr/fan_in^(1/2)``), or ``"keep"`` them out.

@@ -111,7 +111,7 @@ class Recorded:
     @property
     def wanted(self) -> Tensor:
         """What comes out, per step."""
-        return self._out["expected_array"]
+        return self.out["expected_array"]
 
     @property
     def gradients(self) -> Tensor:
@@ -126,7 +126,8 @@ class Recorded:
         return found[self.p["initial_parameter_array"]].to(self.wanted.dtype)
 
     @property
-    def _out(self) -> dict[str, Tensor]:
+    def out(self) -> dict[str, Tensor]:
+        """The case's own arrays of this matrix, by what they are."""
         found = arrays(self.folder / self.case["file"])
         return {key: found[name] for key, name in self.p.items() if key in ("expected_array", "initial_vector_array")}
 
@@ -137,7 +138,7 @@ class Recorded:
             warnings.filterwarnings("ignore", message="weight_decay=")  # recorded large on purpose: few steps
             optimizer = build(weight, self.case, self.p, lr, weight_decay)
         if "initial_vector_array" in self.p:
-            start_iteration(optimizer, self._out["initial_vector_array"])
+            start_iteration(optimizer, self.out["initial_vector_array"])
         return weight, optimizer
 
 
