@@ -25,6 +25,10 @@ from lightning_mup.core.transform import SMALL, Chain, Context, Direct, Members,
 _STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
 
 
+class NonFiniteGradientError(ValueError):
+    """A gradient is not finite: training diverged, and the step was not taken."""
+
+
 class StackedOptimizer(Optimizer):
     """Base of this package's optimizers, each a declared :class:`Method` whose chain of transforms it runs.
 
@@ -179,7 +183,7 @@ class StackedOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            ValueError: a gradient is not finite and the group says ``nonfinite="raise"``; nothing was changed.
+            NonFiniteGradientError: a gradient is not finite and the group says ``nonfinite="raise"``; nothing changed.
         """
         loss = None
         if closure is not None:
@@ -208,7 +212,7 @@ class StackedOptimizer(Optimizer):
             return False, False
         group, i = bad[0]
         name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {group.get('name', 0)}"
-        raise ValueError(
+        raise NonFiniteGradientError(
             f"the gradient of {name!r} is not finite (and those of {len(bad) - 1} others); nothing was changed. Look "
             f"at the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
         )
@@ -315,7 +319,8 @@ def _chain_of(method: Method, settings: Mapping[str, Any]) -> Transform:
         raise ValueError(
             f"method {method.name!r} is declared for another optimizer class and has no chain; give chain="
         )
-    return method.chain(settings)
+    # A pair comes as a list out of YAML and out of some checkpoints; transforms are compared and hashed.
+    return method.chain({key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "params"})
 
 
 def is_vector(param: Tensor) -> bool:

@@ -751,3 +751,13 @@ def test_bfloat16_weights_move_by_the_update_in_float32(case: str) -> None:
         [value for state in state_of(theirs) for value in state.values()],
     )
     assert_equal(low, [p.detach().bfloat16() for p in params_of(theirs)])
+
+
+def test_a_list_is_as_good_as_a_pair() -> None:
+    """YAML has no tuples, and full checkpoints turn them into lists."""
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    optimizers = [AdamW([weight], betas=betas) for weight, betas in zip(weights, ((0.8, 0.9), [0.8, 0.9]), strict=True)]  # type: ignore[arg-type]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.step()
+    assert torch.equal(*weights)

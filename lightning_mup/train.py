@@ -1,0 +1,324 @@
+"""Training by Hydra: one configuration, one run, in one folder that the same command goes on with.
+
+``lightning-mup train method=muon model.net.width=256``, or ``python -m lightning_mup.train``. What it writes is what
+:mod:`lightning_mup.analysis` reads: ``run.json``, ``metrics.jsonl``, ``plan.json``, ``result.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.utilities import rank_zero_info
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_mup.callbacks.record_run import RESULT, RUN, RecordRun, Status
+from lightning_mup.core.method import find_method
+from lightning_mup.core.optimizer import NonFiniteGradientError
+from lightning_mup.core.plan import Plan
+from lightning_mup.core.registry import near
+from lightning_mup.core.scaling import Choices, plan
+from lightning_mup.language import LanguageModel
+from lightning_mup.run_log import RunLog
+from lightning_mup.tracking import close
+
+_WHERE = ("folder", "logger", "callbacks", "launcher", "sweep", "trainer.enable_", "trainer.profiler", "data.workers")
+"""Keys that say where and how a run is carried out, not what its numbers are."""
+_SHOWN = 6
+
+
+@hydra.main(config_path="pkg://lightning_mup.conf", config_name="train", version_base="1.3")
+def main(config: DictConfig) -> float:
+    """Train as configured; return the validation loss, or inf where the run diverged."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
+    return train(config)
+
+
+def train(config: DictConfig) -> float:
+    """Carry out one run in ``config.folder``, going on where an earlier one was interrupted.
+
+    Args:
+        config: a composed ``train`` configuration.
+
+    Returns:
+        The validation loss in nats per token, or inf where the run diverged.
+
+    Raises:
+        ValueError: the folder holds another run, or something in the configuration does not fit.
+    """
+    folder = Path(config.folder)
+    facts = flattened(config)
+    check_folder(folder, facts)
+    if (folder / RESULT).exists():
+        rank_zero_info(f"{folder} is finished")
+        return _value(json.loads((folder / RESULT).read_text()))
+    seed_everything(config.seed, workers=True, verbose=False)
+    run = build(config)
+    last = folder / "checkpoints" / "last.ckpt"
+    status: Status | None = None
+    try:
+        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=str(last) if last.exists() else None)
+        if run.record.status == "finished":
+            run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    except NonFiniteGradientError as error:
+        rank_zero_info(f"diverged: {error}")
+        status = "diverged"
+    finally:
+        close(run.trainer.loggers)
+    return _value(run.record.finish(run.trainer, status=status))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a configuration names, built.
+
+    Args:
+        trainer: the Trainer, with all callbacks and loggers.
+        module: the LightningModule.
+        data: the LightningDataModule.
+        record: the callback that writes what the run was.
+    """
+
+    trainer: Trainer
+    module: LanguageModel
+    data: LightningDataModule
+    record: RecordRun
+
+
+def build(config: DictConfig) -> Run:
+    """Build data, module, callbacks, loggers and Trainer.
+
+    Raises:
+        ValueError: no budget, or several, are given.
+    """
+    data = instantiate(config.data, _convert_="all")
+    with torch.device("meta"):
+        shape = model_of(config)
+    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
+    steps = budget_steps(config.budget, params=count(shape), tokens_per_step=tokens_per_step)
+    last_step = min(steps, config.trainer.max_steps or steps)
+    flops = training_flops(shape, data.context)
+    facts = {**describe(config, shape), "tokens_per_step": tokens_per_step, "flops_per_token": flops}
+    facts |= {"max_steps": last_step, "context": data.context, "data": data.fingerprint, "config": flattened(config)}
+    record = RecordRun(config.folder, facts, tokens_per_step=tokens_per_step, flops_per_token=flops)
+    schedule = functools.partial(instantiate(config.schedule), total=steps, tokens_per_step=tokens_per_step)
+    parametrize = instantiate(config.parametrize, _convert_="all")(base=flattened(config.base), schedule=schedule)
+    others = [instantiate(part, _convert_="all") for part in (*config.callbacks.values(), config.weight_decay) if part]
+    loggers: list[Logger] = [
+        RunLog(config.folder),
+        *(instantiate(logger, _convert_="all") for logger in config.logger.values()),
+    ]
+    trainer = instantiate(
+        # Without an interval of its own, validation comes once, after fitting.
+        {"val_check_interval": last_step + 1, **_given(config.trainer)},
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        max_steps=last_step,
+        callbacks=[parametrize, *others, record],
+        logger=loggers,
+        default_root_dir=config.folder,
+    )
+    for logger in loggers:
+        logger.log_hyperparams(flattened(config))
+    return Run(trainer, model_of(config), data, record)
+
+
+# -- what a configuration says ----------------------------------------------------------------------------------------
+
+
+def plan_of(config: DictConfig) -> Plan:
+    """Return the plan of a configuration's model and method, without building more than shapes."""
+    found = find_method(config.method.optimizer)
+    options = cast(dict[str, object], OmegaConf.to_container(config.method.options, resolve=True))
+    multipliers = cast(dict[str, float], OmegaConf.to_container(config.method.lr_multipliers, resolve=True))
+    with torch.device("meta"):
+        model = model_of(config)
+    return plan(
+        model,
+        flattened(config.base),
+        rules=list(config.rules.names),
+        method=found,
+        settings={**found.preset, **options},
+        choices=Choices(lr_multipliers=multipliers),
+    )
+
+
+def base_config(config: DictConfig) -> DictConfig:
+    """Return the configuration of the base run: the same, with the arguments of ``base`` in ``model.net``.
+
+    Raises:
+        ValueError: an argument of ``base`` is none of the network's.
+    """
+    unknown = set(config.base) - set(config.model.net)
+    if unknown:
+        known = [str(key) for key in config.model.net]
+        name = str(sorted(unknown, key=str)[0])
+        raise ValueError(f"base.{name} is no argument of model.net{near(name, known)}; there are: {', '.join(known)}")
+    return cast(DictConfig, OmegaConf.merge(config, {"model": {"net": config.base}}))
+
+
+class ConfiguredModel(LanguageModel):
+    """A language model that can be built again in other sizes: its network's arguments are its hyperparameters.
+
+    Args:
+        net: ``_target_`` and arguments of the network, those of nested objects under dotted keys.
+    """
+
+    def __init__(self, **net: Any) -> None:  # noqa: ANN401 - whatever the network takes
+        super().__init__(instantiate(_nested(net)))
+        self.save_hyperparameters(logger=False)
+
+
+def model_of(config: DictConfig) -> ConfiguredModel:
+    """Build the module of a configuration; under ``torch.device("meta")``, shapes alone."""
+    return ConfiguredModel(**flattened(config.model.net))
+
+
+def budget_steps(budget: Mapping[str, float | None], *, params: int, tokens_per_step: int) -> int:
+    """Return the steps of a budget, whole steps that it pays for.
+
+    Args:
+        budget: exactly one of ``steps``, ``tokens`` and ``tokens_per_parameter``.
+        params: number of parameters.
+        tokens_per_step: tokens of one optimizer step.
+
+    Raises:
+        ValueError: none or several are given, or it does not pay for one step.
+
+    Examples:
+        >>> budget_steps({"tokens_per_parameter": 20}, params=185_680_896, tokens_per_step=131_072)
+        28332
+    """
+    given = {key: value for key, value in budget.items() if value is not None}
+    each = {"steps": 1.0, "tokens": 1 / tokens_per_step, "tokens_per_parameter": params / tokens_per_step}
+    if len(given) != 1 or not given.keys() <= each.keys():
+        raise ValueError(f"budget must be exactly one of {', '.join(each)}, got {given or 'none'}; set the others null")
+    ((key, amount),) = given.items()
+    steps = int(amount * each[key])
+    if steps < 1:
+        raise ValueError(f"budget.{key}={amount} is less than one step of {tokens_per_step} tokens; give more")
+    return steps
+
+
+def count(module: nn.Module, *, embeddings: bool = True) -> int:
+    """Return the number of parameters, tied ones once; without embeddings and readout if so asked.
+
+    Examples:
+        >>> module = LanguageModel(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)))
+        >>> count(module), count(module, embeddings=False)
+        (92, 20)
+    """
+    tables = {id(m.weight): m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+    rows = max(tables.values(), default=-1)  # of the vocabulary
+    left_out = set() if embeddings else tables.keys() | {id(p) for p in _readout(module, rows)}
+    return sum(p.numel() for p in module.parameters() if id(p) not in left_out)
+
+
+def _readout(module: nn.Module, rows: int) -> list[nn.Parameter]:
+    found = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == rows]
+    return [p for p in (found[-1].parameters() if found else ())]
+
+
+def training_flops(module: LanguageModel, context: int) -> float:
+    """Return the FLOPs of a forward and a backward pass per token: three times the network's ``forward_flops``.
+
+    A network that does not count them is taken as ``6 N``, with N its parameters beside embeddings and readout.
+    """
+    counted = getattr(module.net, "forward_flops", None)
+    return 6.0 * count(module, embeddings=False) if counted is None else 3.0 * float(counted(context))
+
+
+def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
+    """Return what the run is, for ``run.json``."""
+    base = base_config(config)
+    return {
+        "name": config.name,
+        "method": config.method.name,
+        "rules": " x ".join(config.rules.names),
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "base_width": base.model.width,
+        "base_depth": base.model.depth,
+        "lr": config.method.lr,
+        "weight_decay": (config.weight_decay or {}).get("weight_decay", 0.0),
+        "seed": config.seed,
+        "params": count(module),
+        "non_embedding_params": count(module, embeddings=False),
+        "versions": {name: importlib.metadata.version(name) for name in ("lightning_mup", "lightning", "torch")},
+    }
+
+
+def flattened(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as dotted keys and plain values.
+
+    Examples:
+        >>> flattened(OmegaConf.create({"net": {"width": 64}, "seed": 0}))
+        {'net.width': 64, 'seed': 0}
+    """
+    found: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), part)
+        else:
+            found[prefix] = value
+
+    walk("", OmegaConf.to_container(config, resolve=True))
+    return found
+
+
+def _nested(flat: Mapping[str, object]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        inner = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return found
+
+
+def check_folder(folder: Path, facts: Mapping[str, object]) -> None:
+    """Check that a folder is new, or holds this very run.
+
+    Raises:
+        ValueError: it holds another run; the message shows where they differ.
+    """
+    if not (folder / RUN).exists():
+        return
+    there = json.loads((folder / RUN).read_text())["config"]
+    here = json.loads(json.dumps(facts))
+    keys = [key for key in {**there, **here} if not key.startswith(_WHERE) and there.get(key) != here.get(key)]
+    if keys:
+        shown = ", ".join(f"{key}={here.get(key)} (there: {there.get(key)})" for key in keys[:_SHOWN])
+        raise ValueError(f"{folder} holds another run: {shown}; give another name= or folder=, or delete it")
+
+
+def _given(settings: DictConfig) -> dict[str, object]:
+    return {str(key): value for key, value in settings.items() if value is not None}
+
+
+def _built(parts: Iterable[DictConfig | None]) -> list[Any]:
+    return [instantiate(part, _convert_="all") for part in parts if part]
+
+
+def _value(result: Mapping[str, Any]) -> float:
+    return math.inf if result["val_loss"] is None else float(result["val_loss"])
+
+
+if __name__ == "__main__":
+    main()
