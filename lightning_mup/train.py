@@ -11,13 +11,15 @@ import importlib.metadata
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 import torch
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
@@ -63,8 +65,9 @@ def train(config: DictConfig) -> float:
     facts = flattened(config)
     check_folder(folder, facts)
     if (folder / RESULT).exists():
-        rank_zero_info(f"{folder} is finished")
-        return _value(json.loads((folder / RESULT).read_text()))
+        loss = _value(json.loads((folder / RESULT).read_text()))
+        rank_zero_info(f"{folder}: was finished before, val/loss {loss:.4f}")
+        return loss
     seed_everything(config.seed, workers=True, verbose=False)
     run = build(config)
     last = folder / "checkpoints" / "last.ckpt"
@@ -78,7 +81,9 @@ def train(config: DictConfig) -> float:
         status = "diverged"
     finally:
         close(run.trainer.loggers)
-    return _value(run.record.finish(run.trainer, status=status))
+    result = run.record.finish(run.trainer, status=status)
+    rank_zero_info(f"{folder}: {result['status']} at step {result['step']}, val/loss {_value(result):.4f}")
+    return _value(result)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def build(config: DictConfig) -> Run:
     facts |= {"max_steps": last_step, "context": data.context, "data": data.fingerprint, "config": flattened(config)}
     record = RecordRun(config.folder, facts, tokens_per_step=tokens_per_step, flops_per_token=flops)
     schedule = functools.partial(instantiate(config.schedule), total=steps, tokens_per_step=tokens_per_step)
-    parametrize = instantiate(config.parametrize, _convert_="all")(base=flattened(config.base), schedule=schedule)
+    parametrize = instantiate(config.parametrize, _convert_="all")(base=flattened(config.model.base), schedule=schedule)
     others = [instantiate(part, _convert_="all") for part in (*config.callbacks.values(), config.weight_decay) if part]
     loggers: list[Logger] = [
         RunLog(config.folder),
@@ -136,6 +141,36 @@ def build(config: DictConfig) -> Run:
     return Run(trainer, model_of(config), data, record)
 
 
+def composed(words: Sequence[str]) -> DictConfig:
+    """Return the configuration, with its ``hydra`` node, of words of the command line; lists of values are left out.
+
+    Examples:
+        >>> composed(["method=muon", "seed=0,1"]).method.name
+        'muon'
+    """
+    single = [o.input_line for o in OverridesParser.create().parse_overrides(list(words)) if not o.is_sweep_override()]
+    with initialize_config_module("lightning_mup.conf", version_base="1.3"):
+        return compose("train", [line for line in single if line], return_hydra_config=True)
+
+
+def log_report(config: DictConfig, rows: Sequence[Mapping[str, object]], folder: Path) -> None:
+    """Hand a report's table and pictures to W&B, where the runs have it as a logger.
+
+    Args:
+        config: that of the sweep.
+        rows: the table.
+        folder: of the report.
+    """
+    if "wandb" not in config.logger:
+        return
+    settings = {**_given(config.logger.wandb), "folder": folder, "job_type": "report", "name": f"{config.name} report"}
+    logger = instantiate(settings)
+    logger.log_table("transfer", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    if (picture := folder / "report.png").exists():
+        logger.log_image("report", [str(picture)])
+    close([logger])
+
+
 # -- what a configuration says ----------------------------------------------------------------------------------------
 
 
@@ -148,7 +183,7 @@ def plan_of(config: DictConfig) -> Plan:
         model = model_of(config)
     return plan(
         model,
-        flattened(config.base),
+        flattened(config.model.base),
         rules=list(config.rules.names),
         method=found,
         settings={**found.preset, **options},
@@ -157,20 +192,18 @@ def plan_of(config: DictConfig) -> Plan:
 
 
 def base_config(config: DictConfig) -> DictConfig:
-    """Return the configuration of the base run: the same, with the arguments of ``base`` in ``model.net``.
+    """Return the configuration of the base run: the same, with the arguments of ``model.base`` in ``model.net``.
 
     Raises:
-        ValueError: an argument of ``base`` is none of the network's.
+        ValueError: an argument of ``model.base`` is none of the network's.
     """
-    unknown = set(config.base) - set(config.model.net)
-    if unknown:
-        known = [str(key) for key in config.model.net]
-        name = str(sorted(unknown, key=str)[0])
-        raise ValueError(f"base.{name} is no argument of model.net{near(name, known)}; there are: {', '.join(known)}")
-    return cast(DictConfig, OmegaConf.merge(config, {"model": {"net": config.base}}))
+    base, net = flattened(config.model.base), flattened(config.model.net)
+    for key in base.keys() - net.keys():
+        raise ValueError(f"model.base.{key} is no argument of model.net{near(key, net)}; there are: {', '.join(net)}")
+    return cast(DictConfig, OmegaConf.merge(config, {"model": {"net": _nested(base)}}))
 
 
-class ConfiguredModel(LanguageModel):
+class _ConfiguredModel(LanguageModel):
     """A language model that can be built again in other sizes: its network's arguments are its hyperparameters.
 
     Args:
@@ -182,9 +215,9 @@ class ConfiguredModel(LanguageModel):
         self.save_hyperparameters(logger=False)
 
 
-def model_of(config: DictConfig) -> ConfiguredModel:
+def model_of(config: DictConfig) -> _ConfiguredModel:
     """Build the module of a configuration; under ``torch.device("meta")``, shapes alone."""
-    return ConfiguredModel(**flattened(config.model.net))
+    return _ConfiguredModel(**flattened(config.model.net))
 
 
 def budget_steps(budget: Mapping[str, float | None], *, params: int, tokens_per_step: int) -> int:

@@ -1,0 +1,1 @@
+"""Models in torch alone: they know nothing of parametrizations, which read them by names and shapes."""
