@@ -6,7 +6,6 @@ Exit codes: 0 all is well, 1 a check failed or a plan differs, 2 the command cou
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import functools
 import importlib.util
@@ -25,6 +24,11 @@ from lightning.pytorch import LightningModule
 from lightning_mup.analysis.coordinate import CoordinateReport
 from lightning_mup.analysis.plots import plot_coordinates
 from lightning_mup.callbacks.coordinate_check import Sweep, coordinate_check
+from lightning_mup.commands import data as data_command
+from lightning_mup.commands import report as report_command
+from lightning_mup.commands import train as train_command
+from lightning_mup.commands import transfer as transfer_command
+from lightning_mup.commands.words import add_pairs
 from lightning_mup.core.measure import Measurement, measure_update_norm
 from lightning_mup.core.method import Method, all_methods
 from lightning_mup.core.named import build_module, build_optimizer, keywords, load
@@ -34,6 +38,12 @@ from lightning_mup.core.scaling import Choices, plan
 
 _PLAN_EXAMPLE = "example: lightning-mup plan my_project.model:LitGPT --base width=128 --set width=1024 depth=12"
 _CHECK_EXAMPLE = "example: lightning-mup check my_project.model:LitGPT --widths 64,128,256 --lr 0.01 --out check.png"
+_MODULES = {
+    "train": train_command,
+    "transfer": transfer_command,
+    "report": report_command,
+    "data": data_command,
+}
 _MEASURE_EXAMPLE = "example: lightning-mup measure my_project.optim:Lion --set betas=(0.9,0.99)"
 
 
@@ -255,7 +265,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(_command(commands, "check", _check, "train at several sizes, compare how layers move", _CHECK_EXAMPLE))
     told = _command(commands, "measure", _measure, "measure the scaling rule of an optimizer", _MEASURE_EXAMPLE)
     told.add_argument("target", metavar="MODULE:OPTIMIZER", help="an optimizer class, or a function of the parameters")
-    _add_pairs(told, "--set", "NAME=VALUE", "further arguments of the optimizer")
+    add_pairs(told, "--set", "NAME=VALUE", "further arguments of the optimizer")
+    for name, module in _MODULES.items():
+        what = str(module.__doc__).partition("\n")[0]
+        module.add_arguments(
+            _command(commands, name, module.run, what[0].lower() + what[1:].rstrip("."), module.EXAMPLE)
+        )
     _command(commands, "list", _list, "list the known rules and methods", "example: lightning-mup list")
     return parser
 
@@ -274,22 +289,16 @@ def _command(
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODULE:FACTORY", help="a module class, or a function that returns a module")
-    _add_pairs(parser, "--set", "NAME=VALUE", "arguments of the factory")
+    add_pairs(parser, "--set", "NAME=VALUE", "arguments of the factory")
     parser.add_argument("--rules", nargs="+", default=["mup"], help="parametrization, or several to multiply")
     parser.add_argument("--method", default="adam", help="optimizer")
-    _add_pairs(parser, "--role", "PATTERN=ROLE", "roles of parameters that cannot be known")
+    add_pairs(parser, "--role", "PATTERN=ROLE", "roles of parameters that cannot be known")
     parser.add_argument("--branches", nargs="+", metavar="PATTERN", help="last matrices of the residual branches")
-
-
-def _add_pairs(parser: argparse.ArgumentParser, option: str, form: str, what: str, *, required: bool = False) -> None:
-    parser.add_argument(
-        option, nargs="+", action="extend", type=_pair, default=[], required=required, metavar=form, help=what
-    )
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    _add_pairs(parser, "--base", "NAME=VALUE", "arguments in which the base (proxy) model differs", required=True)
+    add_pairs(parser, "--base", "NAME=VALUE", "arguments in which the base (proxy) model differs", required=True)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the whole plan as json")
     output.add_argument("--csv", action="store_true", help="print the whole plan as csv")
@@ -306,16 +315,6 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", default="sp", metavar="RULES", help="rules to compare with, or none")
     parser.add_argument("--out", type=Path, metavar="CHECK.png", help="where to draw")
     parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="where to write the slopes")
-
-
-def _pair(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not (equals and name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; write width=128")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # a word
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import pytest
 from lightning_mup import cli
 from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_slopes
 from lightning_mup.cli import main
+from lightning_mup.commands.words import pair
 from lightning_mup.core.scaling import Choices
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +230,7 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_values_are_python_or_words() -> None:
-    pairs = [cli._pair(text) for text in ("a=3", "b=0.5", "c=True", "d=(1, 2)", "e=gelu", "f=x=y", "*.w=hidden", "g=")]
+    pairs = [pair(text) for text in ("a=3", "b=0.5", "c=True", "d=(1, 2)", "e=gelu", "f=x=y", "*.w=hidden", "g=")]
     assert dict(pairs) == {
         "a": 3, "b": 0.5, "c": True, "d": (1, 2), "e": "gelu", "f": "x=y", "*.w": "hidden", "g": "",
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Commands of ``lightning-mup``, one file each."""

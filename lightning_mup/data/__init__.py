@@ -1,0 +1,1 @@
+"""Token files, sources of text, and the data module that serves them in an order that can be resumed."""
