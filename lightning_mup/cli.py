@@ -65,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         declared       sgd: fan_in^1/2 fan_out^-1/2 depth^-1, agrees
         0
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, options = parser.parse_known_args(argv)
+    if options and not hasattr(args, "words"):
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    if options:
+        args.words = [*options, *args.words]  # Hydra's own, such as --multirun
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script's own folder comes first, not the user's
     try:

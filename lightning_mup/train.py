@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +22,13 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from lightning.fabric.utilities import rank_zero_info
+from lightning.fabric.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_mup.budget import budget_steps, count, training_flops
 from lightning_mup.callbacks.record_run import RESULT, RUN, RecordRun, Status
 from lightning_mup.core.method import find_method
 from lightning_mup.core.optimizer import NonFiniteGradientError
@@ -37,7 +39,19 @@ from lightning_mup.language import LanguageModel
 from lightning_mup.run_log import RunLog
 from lightning_mup.tracking import close
 
-_WHERE = ("folder", "logger", "callbacks", "launcher", "sweep", "trainer.enable_", "trainer.profiler", "data.workers")
+log = logging.getLogger(__name__)
+
+_WHERE = (
+    "folder",
+    "verbose",
+    "logger",
+    "callbacks",
+    "launcher",
+    "sweep",
+    "trainer.enable_",
+    "trainer.profiler",
+    "data.workers",
+)
 """Keys that say where and how a run is carried out, not what its numbers are."""
 _SHOWN = 6
 
@@ -46,6 +60,8 @@ _SHOWN = 6
 def main(config: DictConfig) -> float:
     """Train as configured; return the validation loss, or inf where the run diverged."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.INFO if config.verbose else logging.WARNING)
     return train(config)
 
 
@@ -66,7 +82,7 @@ def train(config: DictConfig) -> float:
     check_folder(folder, facts)
     if (folder / RESULT).exists():
         loss = _value(json.loads((folder / RESULT).read_text()))
-        rank_zero_info(f"{folder}: was finished before, val/loss {loss:.4f}")
+        _say(f"{folder.name}: was finished before, val/loss {loss:.4f}")
         return loss
     seed_everything(config.seed, workers=True, verbose=False)
     run = build(config)
@@ -82,7 +98,7 @@ def train(config: DictConfig) -> float:
     finally:
         close(run.trainer.loggers)
     result = run.record.finish(run.trainer, status=status)
-    rank_zero_info(f"{folder}: {result['status']} at step {result['step']}, val/loss {_value(result):.4f}")
+    _say(f"{folder.name}: {result['status']} at step {result['step']}, val/loss {_value(result):.4f}")
     return _value(result)
 
 
@@ -115,7 +131,7 @@ def build(config: DictConfig) -> Run:
     tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
     steps = budget_steps(config.budget, params=count(shape), tokens_per_step=tokens_per_step)
     last_step = min(steps, config.trainer.max_steps or steps)
-    flops = training_flops(shape, data.context)
+    flops = training_flops(shape.net, data.context)
     facts = {**describe(config, shape), "tokens_per_step": tokens_per_step, "flops_per_token": flops}
     facts |= {"max_steps": last_step, "context": data.context, "data": data.fingerprint, "config": flattened(config)}
     record = RecordRun(config.folder, facts, tokens_per_step=tokens_per_step, flops_per_token=flops)
@@ -220,60 +236,6 @@ def model_of(config: DictConfig) -> _ConfiguredModel:
     return _ConfiguredModel(**flattened(config.model.net))
 
 
-def budget_steps(budget: Mapping[str, float | None], *, params: int, tokens_per_step: int) -> int:
-    """Return the steps of a budget, whole steps that it pays for.
-
-    Args:
-        budget: exactly one of ``steps``, ``tokens`` and ``tokens_per_parameter``.
-        params: number of parameters.
-        tokens_per_step: tokens of one optimizer step.
-
-    Raises:
-        ValueError: none or several are given, or it does not pay for one step.
-
-    Examples:
-        >>> budget_steps({"tokens_per_parameter": 20}, params=185_680_896, tokens_per_step=131_072)
-        28332
-    """
-    given = {key: value for key, value in budget.items() if value is not None}
-    each = {"steps": 1.0, "tokens": 1 / tokens_per_step, "tokens_per_parameter": params / tokens_per_step}
-    if len(given) != 1 or not given.keys() <= each.keys():
-        raise ValueError(f"budget must be exactly one of {', '.join(each)}, got {given or 'none'}; set the others null")
-    ((key, amount),) = given.items()
-    steps = int(amount * each[key])
-    if steps < 1:
-        raise ValueError(f"budget.{key}={amount} is less than one step of {tokens_per_step} tokens; give more")
-    return steps
-
-
-def count(module: nn.Module, *, embeddings: bool = True) -> int:
-    """Return the number of parameters, tied ones once; without embeddings and readout if so asked.
-
-    Examples:
-        >>> module = LanguageModel(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)))
-        >>> count(module), count(module, embeddings=False)
-        (92, 20)
-    """
-    tables = {id(m.weight): m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
-    rows = max(tables.values(), default=-1)  # of the vocabulary
-    left_out = set() if embeddings else tables.keys() | {id(p) for p in _readout(module, rows)}
-    return sum(p.numel() for p in module.parameters() if id(p) not in left_out)
-
-
-def _readout(module: nn.Module, rows: int) -> list[nn.Parameter]:
-    found = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == rows]
-    return [p for p in (found[-1].parameters() if found else ())]
-
-
-def training_flops(module: LanguageModel, context: int) -> float:
-    """Return the FLOPs of a forward and a backward pass per token: three times the network's ``forward_flops``.
-
-    A network that does not count them is taken as ``6 N``, with N its parameters beside embeddings and readout.
-    """
-    counted = getattr(module.net, "forward_flops", None)
-    return 6.0 * count(module, embeddings=False) if counted is None else 3.0 * float(counted(context))
-
-
 def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
     """Return what the run is, for ``run.json``."""
     base = base_config(config)
@@ -347,6 +309,11 @@ def _given(settings: DictConfig) -> dict[str, object]:
 
 def _built(parts: Iterable[DictConfig | None]) -> list[Any]:
     return [instantiate(part, _convert_="all") for part in parts if part]
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    log.info(message)
 
 
 def _value(result: Mapping[str, Any]) -> float:

@@ -1,1 +1,1 @@
-"""Measurements as plain tables: coordinate checks, and the pictures of them."""
+"""Measurements as plain tables: coordinate checks, transfer of hyperparameters, and the pictures of them."""

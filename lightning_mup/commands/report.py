@@ -1,0 +1,46 @@
+"""Report from runs whether what was tuned at the base is still best at other sizes, and what to train with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from lightning_mup.analysis.groups import Axis, Tuned
+from lightning_mup.analysis.report import write_report
+from lightning_mup.analysis.runs import Metric, read_runs
+
+EXAMPLE = "example: lightning-mup report runs/sweep --out report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words that the command takes.
+
+    Examples:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_arguments(parser)
+        >>> parser.parse_args(["runs"]).axis
+        'width'
+    """
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs or of sweeps, any depth")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write")
+    parser.add_argument("--axis", choices=get_args(Axis), default="width", help="which size varies")
+    parser.add_argument("--tuned", choices=get_args(Tuned), default="lr", help="which hyperparameter was tuned")
+    parser.add_argument("--loss", choices=get_args(Metric), default="val_loss", help="what runs are compared by")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report, print its table and what it left out; return 0.
+
+    Raises:
+        ValueError: runs cannot be read or compared.
+    """
+    report, written = write_report(read_runs(*args.runs), args.out, axis=args.axis, tuned=args.tuned, metric=args.loss)
+    print(report.table())
+    if report.unfinished:
+        count = len(report.unfinished)
+        print(f"\n{count} unfinished {'run was' if count == 1 else 'runs were'} left out; report.html names them")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0
