@@ -169,6 +169,11 @@ def composed(words: Sequence[str]) -> DictConfig:
         return compose("train", [line for line in single if line], return_hydra_config=True)
 
 
+def recommendation(path: Path) -> dict[str, object]:
+    """Return what a report's ``recommended.yaml`` holds."""
+    return cast(dict[str, object], OmegaConf.to_container(OmegaConf.load(path)))
+
+
 def log_report(config: DictConfig, rows: Sequence[Mapping[str, object]], folder: Path) -> None:
     """Hand a report's table and pictures to W&B, where the runs have it as a logger.
 
@@ -242,7 +247,7 @@ def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
     return {
         "name": config.name,
         "method": config.method.name,
-        "rules": " x ".join(config.rules.names),
+        "rules": " x ".join(config.rules.names) + _decay_label(config.weight_decay),
         "width": config.model.width,
         "depth": config.model.depth,
         "base_width": base.model.width,
@@ -254,6 +259,12 @@ def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
         "non_embedding_params": count(module, embeddings=False),
         "versions": {name: importlib.metadata.version(name) for name in ("lightning_mup", "lightning", "torch")},
     }
+
+
+def _decay_label(weight_decay: DictConfig | None) -> str:
+    """Return what tells runs apart that decay by another policy than the default."""
+    policy = "width" if weight_decay is None else weight_decay.policy
+    return "" if policy == "width" else f", decay {policy}"
 
 
 def flattened(config: DictConfig) -> dict[str, Any]:

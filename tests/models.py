@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,28 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of a momentum (arXiv:2302.06675), which nobody declared."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 1e-4, beta: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["beta"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(momentum.sign(), alpha=group["lr"])
+        return loss
 
 
 class MLP(L.LightningModule):

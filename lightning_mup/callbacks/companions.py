@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,12 +13,12 @@ from torch.optim import Optimizer
 from lightning_mup.core.grafted import Grafted
 from lightning_mup.core.method import Method, all_methods, find_method
 
-_CALLBACKS = {
-    LearningRateFinder: "sets one learning rate for all groups, which undoes the plan; run it on the base model "
-    "without Parametrize, and give the rate that it finds here",
-    BaseFinetuning: "adds groups of parameters while training, which no plan covers; set requires_grad before "
-    "trainer.fit and give initialize='keep'",
-    StochasticWeightAveraging: "anneals all groups to one learning rate, which undoes the plan; use "
+_CALLBACKS = {  # of what undoes what a callback is there for
+    LearningRateFinder: "sets one learning rate for all groups, which undoes {what}; run it on the base model "
+    "without {kind}, and give the rate that it finds here",
+    BaseFinetuning: "adds groups of parameters while training, which {what} does not cover; set requires_grad before "
+    "trainer.fit, and keep pretrained values by Parametrize(initialize='keep')",
+    StochasticWeightAveraging: "anneals all groups to one learning rate, which undoes {what}; use "
     "lightning.pytorch.callbacks.WeightAveraging, which leaves the rates alone",
 }
 _STRATEGIES = {
@@ -26,19 +27,21 @@ _STRATEGIES = {
 }
 
 
-def refuse_companions(trainer: Trainer, kind: type[Callback]) -> None:
-    """Refuse callbacks and strategies under which a plan cannot hold.
+def refuse_companions(trainer: Trainer, kind: type[Callback], *, what: str, once: str) -> None:
+    """Refuse callbacks and strategies under which what a callback sets cannot hold.
 
     Args:
         trainer: the Trainer that is about to run.
         kind: the callback of which there may be only one.
+        what: what it sets, in words.
+        once: why there may be only one, in words.
 
     Raises:
         ValueError: one of them is there, or a second ``kind``.
 
     Examples:
         >>> trainer = Trainer(barebones=True, accelerator="cpu", callbacks=[LearningRateFinder()])
-        >>> refuse_companions(trainer, Callback)
+        >>> refuse_companions(trainer, Callback, what="the plan", once="a module has one plan")
         Traceback (most recent call last):
         ValueError: Callback cannot run beside LearningRateFinder: it sets one learning rate for all groups, ...
     """
@@ -46,16 +49,53 @@ def refuse_companions(trainer: Trainer, kind: type[Callback]) -> None:
     for companion in callbacks:
         for refused, reason in _CALLBACKS.items():
             if isinstance(companion, refused):
-                raise ValueError(f"{kind.__name__} cannot run beside {type(companion).__name__}: it {reason}")
+                said = reason.format(what=what, kind=kind.__name__)
+                raise ValueError(f"{kind.__name__} cannot run beside {type(companion).__name__}: it {said}")
     for strategy, reason in _STRATEGIES.items():
         if isinstance(trainer.strategy, strategy):
             raise ValueError(
                 f"{kind.__name__} cannot run under {type(trainer.strategy).__name__}: it {reason}; use "
                 f"ModelParallelStrategy (FSDP2, with fully_shard in configure_model) or DDP"
             )
-    count = sum(isinstance(c, kind) for c in callbacks)
-    if count > 1:
-        raise ValueError(f"there are {count} {kind.__name__} callbacks; a module has one plan, keep one")
+    refuse_second(trainer, kind, once)
+
+
+def refuse_second(trainer: Trainer, kind: type[Callback], once: str) -> None:
+    """Refuse a second callback of a kind.
+
+    Args:
+        trainer: the Trainer that is about to run.
+        kind: the callback of which there may be only one.
+        once: why, in words.
+
+    Raises:
+        ValueError: there are several.
+
+    Examples:
+        >>> twice = [LearningRateFinder(), LearningRateFinder()]
+        >>> refuse_second(Trainer(barebones=True, accelerator="cpu", callbacks=twice), Callback, "a run has one rate")
+        Traceback (most recent call last):
+        ValueError: there are 2 Callback callbacks; a run has one rate, keep one
+    """
+    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+    if (count := sum(isinstance(c, kind) for c in callbacks)) > 1:
+        raise ValueError(f"there are {count} {kind.__name__} callbacks; {once}, keep one")
+
+
+def save_state(callback: Callback, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Put a callback's state into a checkpoint, where Lightning looks for what ``load_state_dict`` takes.
+
+    Lightning itself does so for callbacks that have a ``state_dict``, but of these it refuses a second one of a class
+    as soon as the Trainer is built, before ``setup`` could say why there may be only one.
+
+    Examples:
+        >>> checkpoint = {"callbacks": {}}
+        >>> save_state(Callback(), {"step": 3}, checkpoint)
+        >>> checkpoint
+        {'callbacks': {'Callback': {'step': 3}}}
+    """
+    if state:
+        checkpoint.setdefault("callbacks", {})[callback.state_key] = dict(state)
 
 
 def refuse_meta(trainer: Trainer, module: LightningModule) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mup.callbacks.companions import optimizers_in
+from lightning_mup.callbacks.companions import optimizers_in, refuse_second
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.core.grafted import Grafted, Per, Side, check_settings
 from lightning_mup.core.method import Decay
@@ -84,8 +84,7 @@ class Grafting(Callback):
         if stage != "fit":
             return
         self.grafted = None
-        if len(others := [c for c in trainer.callbacks if isinstance(c, Grafting)]) > 1:  # type: ignore[attr-defined]
-            raise ValueError(f"there are {len(others)} Grafting callbacks; a step has one length, keep one")
+        refuse_second(trainer, Grafting, "a step has one length")
         patch_method(pl_module, "configure_optimizers", instead=self._configure_optimizers, inside=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mup.callbacks.parametrize import Parametrize
+from lightning_mup.callbacks.spectral_normalization import SpectralNormalization
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.base import Base
 from lightning_mup.core.infer import RoleLike, infer, shared_names
@@ -61,9 +62,14 @@ class Watched:
 
     def take(self, parameter: Tensor) -> Tensor:
         """Return a copy [n, O, I] of the matrices' values; all ranks of a sharded parameter must call it together."""
+        seen, every = self.see(parameter), len(self.indices) == self.arrangement.count
+        return seen.clone() if every and not isinstance(parameter.data, DTensor) else seen
+
+    def see(self, parameter: Tensor) -> Tensor:
+        """Return the matrices' values [n, O, I], as a view where that can be; of a sharded parameter as ``take``."""
         data = parameter.detach()
-        whole = data.full_tensor() if isinstance(data, DTensor) else data
-        return self.arrangement.take(whole)[list(self.indices)]
+        whole = self.arrangement.take(data.full_tensor() if isinstance(data, DTensor) else data)
+        return whole if len(self.indices) == len(whole) else whole[list(self.indices)]
 
 
 def read_specs(
@@ -124,7 +130,9 @@ Rates = tuple[float, float]
 """A learning rate, and the fraction of a weight that a step removes."""
 
 
-def rates_of(optimizer: Optimizer, decays: Mapping[int, float] | None = None) -> dict[int, Rates]:
+def rates_of(
+    optimizer: Optimizer, decays: Mapping[int, float] | None = None, moved_at: Mapping[int, float] | None = None
+) -> dict[int, Rates]:
     """Return each parameter's rates, by ``id``, as the next step will use them.
 
     The fraction is the weight decay of this package's optimizers under their ``decay``, and ``lr * weight_decay`` for
@@ -134,15 +142,16 @@ def rates_of(optimizer: Optimizer, decays: Mapping[int, float] | None = None) ->
     Args:
         optimizer: the optimizer.
         decays: fractions that are removed around the optimizer, by ``id`` of the parameter.
+        moved_at: learning rates at which steps are taken that are brought to a size afterwards, by ``id``.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(1))
         >>> rates_of(torch.optim.AdamW([weight], lr=0.5, weight_decay=0.5))[id(weight)]
         (0.5, 0.25)
     """
-    around = decays or {}
+    around, others = decays or {}, moved_at or {}
     return {
-        id(p): (float(group["lr"]), around.get(id(p), 0.0) + own)
+        id(p): (others.get(id(p), float(group["lr"])), around.get(id(p), 0.0) + own)
         for group in optimizer.param_groups
         for own in [_fraction(optimizer, group)]
         for p in group["params"]
@@ -154,6 +163,13 @@ def decays_of(trainer: Trainer, optimizer: Optimizer) -> dict[int, float]:
     callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
     found = (c.fractions(optimizer) for c in callbacks if isinstance(c, WeightDecay))
     return {key: value for fractions in found for key, value in fractions.items()}
+
+
+def normalized_rates_of(trainer: Trainer, optimizer: Optimizer) -> dict[int, float]:
+    """Return the rates at which :class:`SpectralNormalization` will have an optimizer's next step, by ``id``."""
+    callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+    found = (c.rates(optimizer) for c in callbacks if isinstance(c, SpectralNormalization))
+    return {key: value for rates in found for key, value in rates.items()}
 
 
 def _fraction(optimizer: Optimizer, group: dict[str, Any]) -> float:

@@ -14,7 +14,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mup.callbacks.companions import optimizers_in, refuse_companions, refuse_meta, supplied_method
+from lightning_mup.callbacks.companions import (
+    optimizers_in,
+    refuse_companions,
+    refuse_meta,
+    save_state,
+    supplied_method,
+)
 from lightning_mup.callbacks.mark import mark, sizes, unmarked
 from lightning_mup.callbacks.patch import patch_method, unpatch_method
 from lightning_mup.callbacks.record import as_state, compare, compare_forward, log_plan
@@ -133,7 +139,7 @@ class Parametrize(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the hooks of the module between which its parameters appear and its optimizer is built."""
-        refuse_companions(trainer, Parametrize)
+        refuse_companions(trainer, Parametrize, what="the plan", once="a module has one plan")
         self._scaling, self._base, self._pending, self._saved = None, None, {}, None
         self._fitting = stage == "fit"
         built_in = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
@@ -301,9 +307,9 @@ class Parametrize(Callback):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values, with its digest."""
-        return {} if self.plan is None else as_state(self.plan)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the plan as plain values, with its digest."""
+        save_state(self, {} if self.plan is None else as_state(self.plan), checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the checkpoint's plan, and compare it as soon as there is one here."""

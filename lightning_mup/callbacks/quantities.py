@@ -21,7 +21,6 @@ from lightning_mup.metrics.functional import (
     decay_timescale,
     effective_learning_rate,
     norms_and_ranks,
-    relative_sizes,
     root_mean_squares,
 )
 
@@ -55,6 +54,8 @@ AFTER: frozenset[str] = frozenset({"feature/rms", "feature/change", "logits/rms"
 """What needs a forward pass after the step."""
 OF_PASSES = BEFORE | AFTER
 """What differs between ranks, which see other batches."""
+_SAFE = (1e-12, 1e15)
+"""Norms between which neither a square nor a sum of squares is lost in float32."""
 
 Key = tuple[str, str, str]
 """Quantity, role, and name of the matrix or layer."""
@@ -86,7 +87,7 @@ def check_quantities(names: Iterable[str]) -> tuple[Quantity, ...]:
 
 @dataclass(slots=True)
 class Change:
-    """A parameter's watched matrices before and after a step [n, O, I]; every SVD is done once.
+    """A parameter's watched matrices before and after a step [n, O, I]; every norm and every SVD is done once.
 
     Args:
         old: before.
@@ -95,18 +96,37 @@ class Change:
 
     old: Tensor
     new: Tensor
+    _moved: Tensor | None
+    _norms: dict[str, Tensor]
     _decomposed: dict[str, tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, old: Tensor, new: Tensor) -> Change:
         """Return the change, taken in float32 at least."""
         wide = torch.promote_types(new.dtype, torch.float32)
-        return cls(old.to(wide), new.to(wide), {})
+        return cls(old.to(wide), new.to(wide), None, {}, {})
 
     @property
     def moved(self) -> Tensor:
         """The applied update, ``W_new - W_old``."""
-        return self.new - self.old
+        if self._moved is None:
+            self._moved = self.new - self.old
+        return self._moved
+
+    def norm(self, what: Literal["old", "new", "moved"]) -> Tensor:
+        """Return the Frobenius norms of the weight, before or after, or of its update."""
+        if what not in self._norms:
+            self._norms[what] = _norms(getattr(self, what))
+        return self._norms[what]
+
+    def rms(self, what: Literal["new", "moved"]) -> Tensor:
+        """Return the root mean squares of the weight or of its update."""
+        return self.norm(what) / math.sqrt(self.new.shape[1] * self.new.shape[2])
+
+    def relative(self) -> Tensor:
+        """Return ``||dW||_F / ||W||_F``, with the weight before: 0 for no change, else inf for a zero weight."""
+        moved, old = self.norm("moved"), self.norm("old")
+        return torch.where((moved == 0) & ~old.isnan(), 0.0, moved / old)
 
     def decomposed(self, what: Literal["new", "moved"]) -> tuple[Tensor, Tensor]:
         """Return the spectral norms and stable ranks of the weight or of its update."""
@@ -115,14 +135,22 @@ class Change:
         return self._decomposed[what]
 
 
+def _norms(x_NOI: Tensor) -> Tensor:
+    norm_N: Tensor = torch.linalg.vector_norm(x_NOI, dim=(1, 2))
+    if bool(((norm_N > _SAFE[0]) & (norm_N < _SAFE[1])).all()):
+        return norm_N
+    # Squares overflow or vanish, or there is nothing; to look for the largest entry first takes three times as long.
+    return root_mean_squares(x_NOI) * math.sqrt(x_NOI.shape[1] * x_NOI.shape[2])
+
+
 OF_MATRICES: dict[str, Callable[[Change], Tensor]] = {
-    "weight/rms": lambda change: root_mean_squares(change.new),
+    "weight/rms": lambda change: change.rms("new"),
     "weight/spectral_norm": lambda change: change.decomposed("new")[0],
     "weight/stable_rank": lambda change: change.decomposed("new")[1],
-    "update/rms": lambda change: root_mean_squares(change.moved),
+    "update/rms": lambda change: change.rms("moved"),
     "update/spectral_norm": lambda change: change.decomposed("moved")[0],
     "update/stable_rank": lambda change: change.decomposed("moved")[1],
-    "update/relative": lambda change: relative_sizes(change.moved, change.old),
+    "update/relative": lambda change: change.relative(),
 }
 OF_RATES: dict[str, Callable[[Rates], float]] = {
     "optimizer/effective_learning_rate": lambda rates: effective_learning_rate(*rates),
@@ -142,15 +170,12 @@ def of_matrices(watched: Watched, change: Change, wanted: Sequence[str]) -> dict
         >>> of_matrices(weight, step, ["update/rms"])
         {('update/rms', 'hidden', 'w'): (1.0, 1.0)}
     """
-    found: dict[Key, Sum] = {}
-    for name in wanted:
-        if name in OF_MATRICES:
-            values = OF_MATRICES[name](change).tolist()
-            found |= {
-                (name, watched.spec.role.value, label): (value, 1.0)
-                for label, value in zip(watched.labels, values, strict=True)
-            }
-    return found
+    names = [name for name in wanted if name in OF_MATRICES]
+    if not names:
+        return {}
+    values = torch.cat([OF_MATRICES[name](change) for name in names]).tolist()
+    keys = [(name, watched.spec.role.value, label) for name in names for label in watched.labels]
+    return {key: (value, 1.0) for key, value in zip(keys, values, strict=True)}
 
 
 def of_rates(watched: Watched, rates: Rates, wanted: Sequence[str]) -> dict[Key, Sum]:

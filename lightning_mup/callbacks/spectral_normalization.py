@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_mup.callbacks.companions import refuse_second, save_state
 from lightning_mup.callbacks.parametrize import Parametrize
 from lightning_mup.core.base import Base
 from lightning_mup.core.grafted import Grafted
@@ -39,20 +40,37 @@ _ATTACHED = ("log", "log_dict")  # by Lightning: bound to the module
 class SpectralNormalization(Callback):
     """After any optimizer's step, ``W <- W_old - lr (fan_out/fan_in)^(1/2) D/sigma(D) - decay``, ``D = W_old - W_new``.
 
-    Each matrix' step gets the spectral norm ``lr (fan_out/fan_in)^(1/2)``, with sigma from a power iteration that goes
-    on from step to step: two products of matrix and vector per matrix and step, all matrices of one shape at once.
-    Tables that are looked up (embeddings) get the root mean square ``lr``. Vectors stay as the optimizer moves them.
-    The rate is that at the base: no multiplier is needed, and :class:`~lightning_mup.Parametrize` multiplies what is
-    normalized by its ``lr_multipliers`` and folded forward multipliers alone. The optimizer's own weight decay is kept
-    out of the norm and applied beside the step, but for an L2 term, which is part of the gradient. One iteration a
-    step follows steps that change slowly; it falls behind, so that norms come out too large, where batches are noisy or
-    singular values nearly alike (Muon). It does not go on at a step of rate 0, which hides the direction (a warm-up's
-    first). Parameters in bfloat16 move by what their rounding leaves of the step.
+    Each matrix' step gets the spectral norm ``lr (fan_out/fan_in)^(1/2)``, with sigma from vectors that are iterated on
+    from step to step, all matrices of one shape at once. Tables that are looked up (embeddings) get the root mean
+    square ``lr``. Vectors stay as the optimizer moves them. The rate is that at the base: no multiplier is needed, and
+    :class:`~lightning_mup.Parametrize` multiplies what is normalized by its ``lr_multipliers`` and folded forward
+    multipliers alone. The optimizer's own weight decay is kept out of the norm and applied beside the step, but for an
+    L2 term, which is part of the gradient.
+
+    A step multiplies each matrix twice with a block of vectors, and so reads it as often as with one vector. A copy of
+    the weights is held. Measured over steps 50 to 150 of four layers, norms exceed the wanted one at the worst, and in
+    the median, by
+
+    ========================  ==================  ================  ===============  ==============
+    of steps on               AdamW               SGD, momentum     Lion             torch's Muon
+    ========================  ==================  ================  ===============  ==============
+    all data, 8 vectors       0.0%, 0.0%          0.0%, 0.0%        0.1%, 0.0%       0.7%, 0.0%
+    all data, 1 vector        0.1%, 0.0%          0.0%, 0.0%        4.8%, 0.1%       5.5%, 0.9%
+    noisy batches, 8 vectors  0.1%, 0.0%          0.0%, 0.0%        0.2%, 0.0%       3.0%, 0.5%
+    noisy batches, 1 vector   34%, 1.6%           10%, 0.6%         24%, 2.5%        18%, 4.8%
+    ========================  ==================  ================  ===============  ==============
+
+    They are never too small by more than 0.1%. It does not go on at a step of rate 0, which hides the direction (a
+    warm-up's first). Parameters in bfloat16 move by what their rounding leaves of the step.
 
     Args:
-        readout: readouts by ``"spectral"`` norm, by ``"rms"`` (``lr/fan_in^(1/2)``), or ``"keep"`` them out.
-        iterations: power iterations a step (>= 1), after the warm-up.
+        readout: readouts by ``"spectral"`` norm, by ``"rms"`` (``lr/fan_in^(1/2)``), or ``"keep"`` them out. The
+            spectral norm takes a readout's gradients for more aligned than they are, so that a wider model's best rate
+            is a little higher: by 2^0.15 per doubling of width on a small test, where ``"rms"`` has 2^-0.05, AdamW
+            under muP alone 2^0.10, and AdamW under sp 2^-1.
+        iterations: iterations a step (>= 1), after the warm-up.
         warmup_steps: number of first steps that take five iterations each (>= 0).
+        vectors: how many vectors are iterated together (>= 1): 1 is the paper's estimate.
         roles: role or :class:`~lightning_mup.Layout` by name pattern, where there is no Parametrize beside.
         decay: what the ``weight_decay`` of an optimizer that nobody declared means, ``"coupled"`` or ``"l2"``.
 
@@ -80,6 +98,7 @@ class SpectralNormalization(Callback):
         readout: Readout = "spectral",
         iterations: int = 1,
         warmup_steps: int = 50,
+        vectors: int = 8,
         roles: Mapping[str, RoleLike] | None = None,
         decay: Decay | None = None,
     ) -> None:
@@ -87,7 +106,7 @@ class SpectralNormalization(Callback):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {allowed}, got {value!r}{near(str(value), map(str, allowed))}")
         self.readout, self.decay, self.roles = readout, decay, dict(roles or {})
-        self._spectral = SpectralNormalize(iterations, warmup_steps)
+        self._spectral = SpectralNormalize(iterations, warmup_steps, vectors)
         self._steps: list[StepNormalizer] = []
         self._saved: Saved = {}
         self._in_batch = False
@@ -100,9 +119,7 @@ class SpectralNormalization(Callback):
             return
         self._detach()
         self._saved = {}
-        callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
-        if (count := sum(isinstance(c, SpectralNormalization) for c in callbacks)) > 1:
-            raise ValueError(f"there are {count} SpectralNormalization callbacks; a step has one size, keep one")
+        refuse_second(trainer, SpectralNormalization, "a step has one size")
         if self.roles and _parametrize_of(trainer) is not None:
             raise ValueError(f"Parametrize has the roles; give roles={self.roles} there")
 
@@ -120,7 +137,7 @@ class SpectralNormalization(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the vectors for whoever saves after training, and take the hooks off."""
-        self._saved = self.state_dict()
+        self._saved = self.state()
         self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,7 +146,7 @@ class SpectralNormalization(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the vectors for whoever saves after an interrupt, and take the hooks off."""
-        self._saved = self.state_dict()
+        self._saved = self.state()
         self._detach()
 
     # -- what -----------------------------------------------------------------------------------------------------
@@ -153,6 +170,10 @@ class SpectralNormalization(Callback):
         for _, stack in self._stacks_of_all():
             stack.load_state_dict(self._saved)
         rank_zero_info(self._summary())
+
+    def rates(self, optimizer: Optimizer) -> dict[int, float]:
+        """Return the learning rates at which an optimizer's next step will move what is normalized, by ``id``."""
+        return {key: value for step in self._steps for key, value in step.rates(optimizer).items()}
 
     def _specs(self, trainer: Trainer, module: LightningModule) -> dict[str, ParamSpec]:
         if (found := _parametrize_of(trainer)) is not None:
@@ -219,11 +240,15 @@ class SpectralNormalization(Callback):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return the vectors and numbers of steps by parameter name."""
         if not self._steps:
             return dict(self._saved)
         return {name: state for _, stack in self._stacks_of_all() for name, state in stack.state_dict().items()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the vectors and numbers of steps."""
+        save_state(self, self.state(), checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the vectors until there is something to go on with."""
@@ -232,7 +257,7 @@ class SpectralNormalization(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to a run."""
         kept = {key: value for key, value in self.__dict__.items() if key not in _ATTACHED}
-        return {**kept, "_steps": [], "_saved": self.state_dict(), "_in_batch": False}
+        return {**kept, "_steps": [], "_saved": self.state(), "_in_batch": False}
 
 
 def _check(optimizer: Optimizer, names: Mapping[int, str]) -> None:

@@ -14,7 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mup.callbacks.matrices import Rates, Watched, choose, decays_of, parameters_of, rates_of, read_specs
+from lightning_mup.callbacks.matrices import (
+    Rates,
+    Watched,
+    choose,
+    decays_of,
+    normalized_rates_of,
+    parameters_of,
+    rates_of,
+    read_specs,
+)
 from lightning_mup.callbacks.probe_pass import Pass, Probe
 from lightning_mup.callbacks.quantities import (
     AFTER,
@@ -59,7 +68,8 @@ class WatchUpdates(Callback):
     - ``logits/rms``, ``logits/change``: the same of the model's output, or where ``forward`` is not called of the last
       output layer's, tied ones included (without one, of the last layer's);
     - ``optimizer/effective_learning_rate``: ``sqrt(lr lambda)``, where lambda is the fraction of a weight that the step
-      removes; ``optimizer/decay_timescale``: ``1/lambda`` steps, inf without decay.
+      removes, and lr that at which it moves (of what SpectralNormalization normalizes, that at the base);
+      ``optimizer/decay_timescale``: ``1/lambda`` steps, inf without decay.
 
     Roles are those of the :class:`~lightning_mup.Parametrize` callback's plan. Without one they are told from module
     types alone, by which every matrix that is not looked up is hidden; give ``roles`` for better ones. Matrices are
@@ -158,7 +168,8 @@ class WatchUpdates(Callback):
         """Before a step that is watched: copy weights and rates."""
         if not self._due(trainer):
             return
-        by_id = rates_of(optimizer, decays_of(trainer, optimizer))
+        around = decays_of(trainer, optimizer), normalized_rates_of(trainer, optimizer)
+        by_id = rates_of(optimizer, *around)
         parameters = parameters_of(pl_module)
         self._rates |= {n: by_id[id(p)] for n, p in parameters.items() if id(p) in by_id}
         if self._old is None:
@@ -200,7 +211,7 @@ class WatchUpdates(Callback):
         parameters, found = parameters_of(module), dict[Key, Sum]()
         for watched in self._watched:
             name = watched.spec.name
-            change = Change.of(old[name], watched.take(parameters[name]))
+            change = Change.of(old[name], watched.see(parameters[name]))
             found |= of_matrices(watched, change, self.quantities)
             if name in self._rates:
                 found |= of_rates(watched, self._rates[name], self.quantities)

@@ -128,7 +128,8 @@ class WeightDecay(Callback):
             return
         self._give_back()
         self.rates, self._peaks, self._saved, self._in_batch = {}, None, None, False
-        refuse_companions(trainer, WeightDecay)
+        what, once = "the schedule that decay follows", "weights decay once a step"
+        refuse_companions(trainer, WeightDecay, what=what, once=once)
         found = _parametrize_of(trainer)
         if found is None and self.base is None:
             raise ValueError(

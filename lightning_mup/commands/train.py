@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_mup import train
 
-EXAMPLE = "example: lightning-mup train method=muon model.net.width=128; options: lightning-mup train --hydra-help"
+EXAMPLE = (
+    "examples: lightning-mup train method=muon model.net.width=128; lightning-mup train @report/recommended.yaml "
+    "model.net.width=1024; lightning-mup train --hydra-help"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,16 +24,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         >>> parser.parse_args(["method=muon", "--multirun"]).words
         ['method=muon', '--multirun']
     """
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="KEY=VALUE", help="overrides of conf/train.yaml")
+    what = "overrides of conf/train.yaml, or @FILE for a report's recommended.yaml"
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="KEY=VALUE", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; return 0."""
-    hydra_main(args.words)
+    """Train; return 0.
+
+    Raises:
+        ValueError: a file that is named holds no recommendation.
+    """
+    hydra_main(expanded(args.words))
     return 0
 
 
-def hydra_main(words: list[str]) -> None:
+def expanded(words: Sequence[str]) -> list[str]:
+    """Return words with each ``@FILE`` replaced by what that recommends."""
+    return [part for word in words for part in (_recommended(word[1:]) if word.startswith("@") else [word])]
+
+
+def hydra_main(words: Sequence[str]) -> None:
     """Call the Hydra program as ``python -m lightning_mup.train`` would, with the given words."""
     sys.argv = [str(train.__file__), *words]
     train.main()
+
+
+def _recommended(path: str) -> list[str]:
+    try:
+        found = train.recommendation(Path(path))
+        decay = (
+            ["weight_decay=width", f"weight_decay.weight_decay={found['weight_decay']}"]
+            if found["weight_decay"]
+            else []
+        )
+        names = ",".join(str(found["rules"]).partition(", ")[0].split(" x "))
+        return [f"method={found['method']}", f"method.lr={found['lr']}", f"rules.names=[{names}]", *decay]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no recommendation ({type(error).__name__}: {error}); lightning-mup report writes one"
+        ) from error

@@ -1,7 +1,4 @@
-"""Grafted: any two torch optimizers, the length of one's step in the direction of the other's.
-
-Shapes: N matrices of a parameter, B blocks of each, of P rows and Q columns.
-"""
+"""Grafted: any two torch optimizers, the length of one's step in the direction of the other's."""
 
 from __future__ import annotations
 
@@ -13,14 +10,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.decay_step import peak_rate, rate_now, will_update
-from lightning_mup.core.linalg import widened
-from lightning_mup.core.method import Decay, all_methods
-from lightning_mup.core.own_decay import decay_of, without_decay
+from lightning_mup.core.graft_parts import Blocks, Place, combine, move, norms_of, put_back
+from lightning_mup.core.method import Decay
+from lightning_mup.core.own_decay import decay_of
 from lightning_mup.core.registry import near
 from lightning_mup.core.schedules import LR_AT_BASE, LR_MULT, Group
-from lightning_mup.core.stack import Arrangement
 
 Per = Literal["matrix", "block", "group"]
 Side = Literal["direction", "magnitude"]
@@ -37,6 +32,7 @@ class Grafted(Optimizer):
     optimizer's rates follow in proportion, and their ``weight_decay`` is applied beside the step. The step is as long
     as the magnitude's at its own rate, whoever leads; hence the rule for its rate is the magnitude's. The rate of the
     direction cancels. The follower may lack some of the leader's parameters, which then move as the leader has them.
+    Beside both states, one copy of the parameters is held.
 
     Args:
         direction: gives the direction.
@@ -68,6 +64,7 @@ class Grafted(Optimizer):
     direction: Optimizer
     magnitude: Optimizer
     _settings: tuple[Side, Per, int | None, float, Decay | None]
+    _places: dict[Tensor, Place]  # kept, since to take fresh memory costs more than to write into it
 
     def __init__(
         self,
@@ -170,35 +167,50 @@ class Grafted(Optimizer):
                 part.step()
             return loss
         self._follow()
-        params = [p for p in _params(self.leader) if p.grad is not None]
-        before = [p.clone() for p in params]
-        steps = {side: _moved(optimizer, params, before) for side, optimizer in self._sides().items()}
-        rates = {p: float(group["lr"]) for group in self.direction.param_groups for p in group["params"]}
-        present = set(params)
-        for group in self.param_groups:
-            members = [p for p in group["params"] if p in present]
-            fraction = self._fraction(group)
-            for p, step in zip(members, self._grafted(group, members, steps, rates), strict=True):
-                if fraction:
-                    p.mul_(1.0 - fraction)
-                p.add_(step)
+        self._graft([p for p in _params(self.leader) if p.grad is not None])
         return loss
 
-    def _grafted(
-        self, group: Group, members: list[Tensor], steps: dict[Side, dict[Tensor, Tensor]], rates: dict[Tensor, float]
-    ) -> list[Tensor]:
-        """Return the members' steps: the direction's at the magnitude's length; the leader's where it is alone."""
-        _, per, block_size, eps, _ = self._settings
-        blocks = {p: _Blocks(p, group, block_size) for p in members}
-        both = [p for p in members if p in steps["direction"] and p in steps["magnitude"]]
-        own, length = ([blocks[p].norms(steps[side][p]) for p in both] for side in get_args(Side))
+    def _graft(self, params: list[Tensor]) -> None:
+        """Have each optimizer take its step, within the parameters, from where they are; combine the two there."""
+        if not params:
+            return
+        places = self._remembered(params)
+        try:
+            followed = set(_params(self.direction))
+            lengths = norms_of([p for p in move(self.magnitude, params, places) if p in followed], places)
+            norms = norms_of([p for p in move(self.direction, params, places) if p in lengths], places)
+            rates = {p: float(group["lr"]) for group in self.direction.param_groups for p in group["params"]}
+            present = set(params)
+            for group in self.param_groups:
+                members = [p for p in group["params"] if p in present]
+                factors = self._factors([p for p in members if p in norms], (norms, lengths), rates)
+                combine(members, places, factors, kept=1.0 - self._fraction(group))
+        except BaseException:
+            put_back(params, places)
+            raise
+
+    def _remembered(self, params: list[Tensor]) -> dict[Tensor, Place]:
+        """Return copies of the parameters as they are."""
+        held: dict[Tensor, Place] = self.__dict__.setdefault("_places", {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in held or (held[p].before.dtype, held[p].before.device) != (p.dtype, p.device):
+                    held[p] = Place(torch.empty_like(p, requires_grad=False), Blocks(p, group, self._settings[2]))
+        torch._foreach_copy_([held[p].before for p in params], params)
+        return held
+
+    def _factors(
+        self, both: list[Tensor], norms: tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]], rates: dict[Tensor, float]
+    ) -> dict[Tensor, Tensor]:
+        """Return what brings the direction's steps to the magnitude's length, per parameter and block."""
+        _, per, _, eps, _ = self._settings
+        own, length = ([found[p] for p in both] for found in norms)
         if per == "group":
             own, length = _together(own), _together(length)
-        found = {p: widened(step) for side in get_args(Side) for p, step in steps[side].items()}
-        for p, own_NB11, length_NB11 in zip(both, own, length, strict=True):
-            factor_NB11 = torch.where(own_NB11 > 0, length_NB11 / (own_NB11 + eps * rates[p]), 0.0)
-            found[p] = blocks[p].scaled(steps["direction"][p], factor_NB11)
-        return [found[p] for p in members]
+        return {
+            p: torch.where(mine > 0, wanted / (mine + eps * rates[p]), 0.0)
+            for p, mine, wanted in zip(both, own, length, strict=True)
+        }
 
     def _fraction(self, group: Group) -> float:
         """Return what a step removes of the weights of one of the leader's groups."""
@@ -285,53 +297,11 @@ def check_settings(leader: str, per: str, block_size: int | None, graft_eps: flo
         raise ValueError(f"graft_eps must be >= 0, got {graft_eps}; 1e-8 is usual")
 
 
-class _Blocks:
-    """How a parameter is cut into what has one length."""
-
-    def __init__(self, param: Tensor, group: Group, block_size: int | None) -> None:
-        self._arrangement = Arrangement.of(param, group)
-        self._blocking = Blocking(self._arrangement.rows, self._arrangement.columns, block_size)
-
-    def norms(self, x: Tensor) -> Tensor:
-        """Return the norms [N, B, 1, 1] of a step."""
-        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
-        norm_NB11: Tensor = torch.linalg.vector_norm(x_NBPQ, dim=(2, 3), keepdim=True)
-        return norm_NB11
-
-    def scaled(self, x: Tensor, factor_NB11: Tensor) -> Tensor:
-        """Return a step with its blocks multiplied."""
-        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
-        return self._arrangement.give(self._blocking.merge(x_NBPQ * factor_NB11))
-
-
 def _together(norms: Sequence[Tensor]) -> list[Tensor]:
     if not norms:
         return []
     total = torch.stack([norm.square().sum().to(norms[0].device) for norm in norms]).sum().sqrt()
     return [total.to(norm.device).expand_as(norm) for norm in norms]
-
-
-def _moved(optimizer: Optimizer, params: Sequence[Tensor], before: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Return by how much an optimizer moves its parameters, and put all of them back."""
-    held = set(_params(optimizer))
-    own, start = [p for p in params if p in held], [b for p, b in zip(params, before, strict=True) if p in held]
-    blind = _is_blind(type(optimizer))
-    if not own:
-        return {}
-    try:
-        if blind:  # from zero, a small step loses no digits, and one of bfloat16 not all of them
-            torch._foreach_zero_(own)
-        with without_decay(optimizer.param_groups):
-            optimizer.step()
-        moved = [p.clone() for p in own] if blind else torch._foreach_sub(own, start)
-    finally:
-        torch._foreach_copy_(own, start)
-    return dict(zip(own, moved, strict=True))
-
-
-def _is_blind(kind: type[Optimizer]) -> bool:
-    """Whether the update is known not to depend on the weights; a subclass may look at them."""
-    return any(kind in method.optimizers and not method.weight_degree for method in all_methods().values())
 
 
 def _check_groups(optimizer: Optimizer) -> None:

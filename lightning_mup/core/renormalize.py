@@ -5,7 +5,8 @@ Shapes: N matrices of a stack, O outputs (rows), I inputs (columns).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,16 @@ class Renormalized:
     def __init__(self, matrices: Sequence[Matrix], normalize: SpectralNormalize | RmsNormalize) -> None:
         self.matrices, self.normalize = list(matrices), normalize
         self.params = [m.param for m in matrices]
-        self._before = [torch.empty_like(p, requires_grad=False) for p in self.params]
-        like = widened(self.params[0].new_zeros(()))
-        self._states: list[State] = [normalize.init(like.expand(_shape(m))) for m in matrices]
+        self._counts = [m.arrangement.count for m in matrices]
+        first = matrices[0].arrangement
+        # All weights before the step in one tensor, so that a stack is taken in a few operations.
+        self._before_NOI = self.params[0].new_empty(sum(self._counts), first.rows, first.columns)
+        self._before = self._in_shape(self._before_NOI, range(len(matrices)))
+        like = widened(self.params[0].new_empty(()))
+        self._work, self._room = like.dtype, like.new_empty(0)  # for one step's work
+        self._state: State = normalize.init(like.expand(self._before_NOI.shape))
+        factors = torch.tensor([m.factor for m in matrices], dtype=torch.float64)
+        self._factor_N11 = factors.repeat_interleave(torch.tensor(self._counts)).view(-1, 1, 1).to(like)
         self._steps = [0] * len(matrices)
 
     @torch.no_grad()
@@ -86,30 +94,65 @@ class Renormalized:
             alike = [i for i in members if self._steps[i] + 1 == step]
             for i in alike:
                 self._steps[i] = step
-            u_NOI = torch.cat([self._update(i, lr) for i in alike])
-            state = {key: torch.cat([self._states[i][key] for i in alike]) for key in self._states[alike[0]]}
-            with full_precision(u_NOI.device):
-                out_NOI = self.normalize.update(u_NOI, state, Context(step))
-            counts = [self.matrices[i].arrangement.count for i in alike]
-            for key, value in state.items():
-                for i, part in zip(alike, torch.split(value, counts), strict=True):
-                    self._states[i][key].copy_(part)
-            for i, part_NOI in zip(alike, torch.split(out_NOI, counts), strict=True):
-                self._write(i, part_NOI, rate * self.matrices[i].factor, fraction)
+            self._rescale(alike, Context(step), lr or 1.0, rate, 1.0 - fraction)
 
-    def _update(self, i: int, lr: float) -> Tensor:
-        moved = widened(self._before[i]).sub(self.params[i])
-        return self.matrices[i].arrangement.take(moved / lr if lr else moved)
+    def _rescale(self, alike: Sequence[int], ctx: Context, lr: float, rate: float, kept: float) -> None:
+        whole = len(alike) == len(self.params)
+        rows = slice(None) if whole else self._rows(alike)
+        before_NOI, state = self._before_NOI[rows], {key: value[rows] for key, value in self._state.items()}
+        moved_NOI = self._moved(alike, before_NOI)
+        with full_precision(moved_NOI.device):
+            factor_N11 = self.normalize.factors(moved_NOI, state, ctx, unit=lr)
+        for key, value in {} if whole else state.items():
+            self._state[key][rows] = value
+        self._write(alike, kept, (before_NOI, moved_NOI), factor_N11 * (rate * self._factor_N11[rows]))
 
-    def _write(self, i: int, out_NOI: Tensor, rate: float, fraction: float) -> None:
-        step = self.matrices[i].arrangement.give(out_NOI)
-        self.params[i].copy_(widened(self._before[i]).mul(1.0 - fraction).sub(step, alpha=rate))
+    def _moved(self, members: Sequence[int], before_NOI: Tensor) -> Tensor:
+        """Return ``W_old - W_new``, in memory that the next step takes again."""
+        if self._room.numel() < before_NOI.numel():
+            self._room = self._room.new_empty(before_NOI.numel())
+        out_NOI = self._room[: before_NOI.numel()].view(before_NOI.shape)
+        if (now_NOI := self._as_stack(members)) is not None:
+            return torch.sub(before_NOI, now_NOI, out=out_NOI)
+        views = self._in_shape(out_NOI.copy_(before_NOI), members)
+        torch._foreach_sub_(views, [self.params[i] for i in members])
+        return out_NOI
+
+    def _write(self, members: Sequence[int], kept: float, both: tuple[Tensor, Tensor], factor_N11: Tensor) -> None:
+        """Set ``W <- kept x before - factor x moved``; what moved is overwritten."""
+        before_NOI, moved_NOI = both
+        if (now_NOI := self._as_stack(members)) is not None:
+            start_NOI = before_NOI if kept == 1 else torch.mul(before_NOI, kept, out=now_NOI)
+            torch.addcmul(start_NOI, moved_NOI, factor_N11, value=-1, out=now_NOI)
+            return
+        views = self._in_shape(moved_NOI.mul_(-factor_N11).add_(before_NOI, alpha=kept), members)
+        torch._foreach_copy_([self.params[i] for i in members], views)
+
+    def _as_stack(self, members: Sequence[int]) -> Tensor | None:
+        """Return a lone parameter as its matrices, where it lies in memory as they do; large ones are stacks alone."""
+        param, arrangement = self.params[members[0]].detach(), self.matrices[members[0]].arrangement
+        plain = arrangement.in_order and param.is_contiguous() and param.dtype == self._work
+        return arrangement.take(param) if len(members) == 1 and plain else None
+
+    def _rows(self, members: Sequence[int]) -> Tensor:
+        """Return the places of some parameters' matrices in the stack."""
+        ends = list(itertools.accumulate(self._counts))
+        places = [row for i in members for row in range(ends[i] - self._counts[i], ends[i])]
+        return torch.tensor(places, device=self._before_NOI.device)
+
+    def _in_shape(self, x_NOI: Tensor, members: Sequence[int]) -> list[Tensor]:
+        """Return the members' matrices as views of their parameters' shapes."""
+        parts = torch.split(x_NOI, [self._counts[i] for i in members])
+        return [self.matrices[i].arrangement.give(part) for i, part in zip(members, parts, strict=True)]
+
+    def _own(self, i: int) -> dict[str, Tensor]:
+        return {key: torch.split(value, self._counts)[i] for key, value in self._state.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return copies of the vectors and the numbers of steps, by the parameter's name."""
         return {
-            matrix.name: {"step": torch.tensor(step), **{key: value.clone() for key, value in state.items()}}
-            for matrix, state, step in zip(self.matrices, self._states, self._steps, strict=True)
+            matrix.name: {"step": torch.tensor(step), **{key: value.clone() for key, value in self._own(i).items()}}
+            for i, (matrix, step) in enumerate(zip(self.matrices, self._steps, strict=True))
         }
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -122,16 +165,24 @@ class Renormalized:
             found = saved.get(matrix.name)
             if found is None:
                 continue
-            for key, value in self._states[i].items():
+            for key, value in self._own(i).items():
                 if key not in found or found[key].shape != value.shape:
                     got = {k: tuple(v.shape) for k, v in found.items()}
                     raise ValueError(
                         f"the checkpoint's vectors of {matrix.name!r} have shapes {got}, but {key!r} must have "
-                        f"{tuple(value.shape)}; resume with the model and the readout that it was saved with"
+                        f"{tuple(value.shape)}; resume with the model, the readout and vectors=... that it was saved "
+                        f"with"
                     )
                 value.copy_(found[key])
             self._steps[i] = int(found["step"])
 
 
-def _shape(matrix: Matrix) -> tuple[int, int, int]:
-    return matrix.arrangement.count, matrix.arrangement.rows, matrix.arrangement.columns
+def share_memory(stacks: Iterable[Renormalized]) -> None:
+    """Let stacks that are rescaled one after another work in the same memory, as large as the largest one needs."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Renormalized]] = {}
+    for stack in stacks:
+        alike.setdefault((stack._work, stack._room.device), []).append(stack)
+    for found in alike.values():
+        room = found[0]._room.new_empty(max(stack._before_NOI.numel() for stack in found))
+        for stack in found:
+            stack._room = room

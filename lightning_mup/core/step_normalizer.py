@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_mup.core.decay_step import rate_now, will_update
 from lightning_mup.core.method import Decay
 from lightning_mup.core.own_decay import fraction_of
-from lightning_mup.core.renormalize import Renormalized
+from lightning_mup.core.renormalize import Renormalized, share_memory
 
 
 class StepNormalizer:
@@ -51,6 +51,7 @@ class StepNormalizer:
         active: Callable[[], bool] = lambda: True,
     ) -> None:
         self._optimizer, self.stacks, self._decays, self._active = optimizer, list(stacks), list(decays), active
+        share_memory(stack for _, stack in self.stacks)
         self._normalized = {p for _, stack in self.stacks for p in stack.params}
         self._kept: dict[int, float] = {}  # weight decays that are off
         self._stepping = False
@@ -58,6 +59,13 @@ class StepNormalizer:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def rates(self, optimizer: Optimizer) -> dict[int, float]:
+        """Return the rates at which an optimizer's next step moves what is normalized, by ``id``; no other's."""
+        if optimizer is not self._optimizer:
+            return {}
+        groups = optimizer.param_groups
+        return {id(m.param): rate_now(groups[i]) * m.factor for i, stack in self.stacks for m in stack.matrices}
 
     def remove(self) -> None:
         """Take the hooks off, and give the groups their weight decay back, should a step have failed."""

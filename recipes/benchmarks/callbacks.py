@@ -1,5 +1,7 @@
 """Step time of a training with each callback alone, over the same training without it, in one interleaved run.
 
+What is counted is processor time, on one thread by default, so that a machine's other work does not count.
+
 Usage, from the repository's root: ``python -m recipes.benchmarks.callbacks``. See the README in this folder.
 """
 
@@ -22,11 +24,25 @@ from rich.progress import track
 from rich.table import Table
 
 import lightning_mup as mup
-from recipes.quickstart import TinyLM
+from recipes.any_lightning_module import TinyLM
 
 ROOT = Path(__file__).parents[2]
 WIDTH, DEPTH, SKIPPED = 512, 3, 3  # 9.8 million parameters; the first steps warm up
 PLAIN = "none"
+FLOOR = "a second optimizer's step alone"
+
+
+class Second(L.Callback):
+    """Has SGD step at rate 0 beside the module's own optimizer: what Grafting must take, whatever else it does."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Build it."""
+        self.optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+
+    def on_train_batch_end(self, *args: object) -> None:
+        """Step once; the gradients are still there."""
+        self.optimizer.step()
+
 
 # Each is built anew for every run; what is alone needs no plan, so the base is the model itself.
 CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
@@ -34,20 +50,21 @@ CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
     "Parametrize": lambda: [mup.Parametrize(lambda: TinyLM(64, DEPTH))],
     "WeightDecay": lambda: [mup.WeightDecay(1e-4, base="self")],
     "SpectralNormalization": lambda: [mup.SpectralNormalization(warmup_steps=0)],
+    FLOOR: lambda: [Second()],
     "Grafting, SGD's direction": lambda: [mup.Grafting(direction=lambda params: torch.optim.SGD(params, lr=0.1))],
     "WatchUpdates, at each step": lambda: [mup.WatchUpdates(1)],
 }
 
 
 class Clock(L.Callback):
-    """Seconds between the beginnings of batches."""
+    """Seconds of processor time between the beginnings of batches."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_batch_start(self, *args: object) -> None:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
     @property
     def steps(self) -> list[float]:
@@ -83,11 +100,12 @@ def run(rounds: int, steps: int) -> dict[str, list[float]]:
 def table(times: Mapping[str, Sequence[float]]) -> Table:
     """Return the times, and their ratios to the plain training of the same round."""
     shown = Table(title=f"AdamW, transformer of width {WIDTH}, depth {DEPTH}, on {torch.get_num_threads()} thread(s)")
-    for i, heading in enumerate(("callback", "step [ms]", "over none", "(min-max)")):
+    for i, heading in enumerate(("callback", "step [ms]", "over none", "(quartiles)")):
         shown.add_column(heading, justify="right" if i else "left")
     for name, seconds in times.items():
         ratios = [own / plain for own, plain in zip(seconds, times[PLAIN], strict=True)]
-        cells = (f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}-{max(ratios):.3f}")
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        cells = (f"{middle:.3f}", f"{low:.3f}-{high:.3f}")
         shown.add_row(name, f"{statistics.median(seconds) * 1e3:.1f}", *cells)
     return shown
 
@@ -95,8 +113,8 @@ def table(times: Mapping[str, Sequence[float]]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, time, and leave a table and all times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="trainings with each callback")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each training")
+    parser.add_argument("--rounds", type=int, default=9, help="trainings with each callback")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "recipes/benchmarks/results")
     given = parser.parse_args(arguments)

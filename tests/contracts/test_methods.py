@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -22,6 +21,7 @@ from lightning_mup.core.rules import find_rules
 from lightning_mup.core.scaling import plan
 from lightning_mup.core.spec import Dim, ParamSpec, Role
 from lightning_mup.core.trial import Trial, run
+from tests.models import Lion
 
 TOLERANCE = 0.1
 # Early training: aligned gradients of rank 4, epsilon negligible, eighth step (RAdam is rectified from the sixth on).
@@ -129,26 +129,6 @@ def test_declaration_follows_the_settings(name: str, settings: dict[str, object]
     claimed = spec.evaluate(method.declared(spec, full), blocks=block_ratios(spec, full))
     doublings = math.log2(there.fan_in * there.fan_out / here.fan_in / here.fan_out)
     assert abs(math.log2(there.norm / here.norm / claimed)) / doublings < TOLERANCE
-
-
-class Lion(Optimizer):
-    """Sign of a momentum (arXiv:2302.06675), which nobody declared."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float = 1e-4, beta: float = 0.9) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["beta"])
-                p.sub_(momentum.sign(), alpha=group["lr"])
-        return loss
 
 
 class Lit(LightningModule):

@@ -190,6 +190,7 @@ def callbacks_of(case: Record, turned: Callable[[Recorded, Tensor], Tensor] = as
             readout=how.get("readout", "spectral"),
             iterations=math.ceil(case["normalization"]["power_iterations"]),
             warmup_steps=case["normalization"]["warmup_steps"],
+            vectors=1,
             roles=roles,
         )
         found += [spectral, Start(spectral, turned)]

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lightning_mup import Base, Parametrize
+from lightning_mup import Base, Parametrize, WeightDecay
 from lightning_mup.callbacks.companions import refuse_meta
 from tests.lightning.helpers import BASE, Net, Tied, adam, trainer, values
 
@@ -97,13 +97,30 @@ def test_module_without_parameters() -> None:
 @pytest.mark.parametrize(
     ("callback", "words"),
     [
-        (LearningRateFinder(), ["LearningRateFinder", "one learning rate for all groups", "base model"]),
+        (
+            LearningRateFinder(),
+            ["LearningRateFinder", "one learning rate for all groups", "undoes the plan", "base model"],
+        ),
         (StochasticWeightAveraging(0.1), ["StochasticWeightAveraging", "use .*WeightAveraging"]),
         (type("Mine", (Parametrize,), {})(BASE), ["2 Parametrize callbacks", "keep one"]),
     ],
 )
 def test_companions(callback: Any, words: Words) -> None:
     assert_says(message_of(fit(None, callback)), *words)
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (LearningRateFinder(), ["schedule that decay follows", "without WeightDecay"]),
+        (StochasticWeightAveraging(0.1), ["schedule that decay follows", "use .*WeightAveraging"]),
+        (type("Mine", (WeightDecay,), {})(1e-3), ["2 WeightDecay callbacks", "decay once a step", "keep one"]),
+    ],
+)
+def test_companions_of_a_decay_hear_of_no_plan(callback: Any, words: Words) -> None:
+    message = message_of(lambda: trainer(callback, WeightDecay(1e-3, base="self")).fit(Net()))
+    assert_says(message, *words)
+    assert "plan" not in message
 
 
 def test_tuner_cannot_find_a_rate() -> None:

@@ -306,7 +306,15 @@ WRONG: dict[str, tuple[Callable[[], list[Callback]], str]] = {
     ),
     "two decays": (
         built("parametrize", "decay", "decay", "spectral"),
-        r"there are 2 WeightDecay callbacks; .*keep one",
+        r"there are 2 WeightDecay callbacks; weights decay once a step, keep one",
+    ),
+    "two plans": (
+        built("parametrize", "parametrize", "decay", "spectral"),
+        r"there are 2 Parametrize callbacks; a module has one plan, keep one",
+    ),
+    "two normalizations": (
+        built("parametrize", "spectral", "spectral", "decay"),
+        r"there are 2 SpectralNormalization callbacks; a step has one size, keep one",
     ),
     "two grafts": (
         built("parametrize", "grafting", "grafting", "decay"),
@@ -345,13 +353,6 @@ WRONG: dict[str, tuple[Callable[[], list[Callback]], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_refused_in_every_order(case: str) -> None:
     assert_refused_in_every_order(*WRONG[case])
-
-
-@pytest.mark.parametrize("name", ["parametrize", "spectral"])
-def test_lightning_refuses_two_with_a_state(name: str) -> None:
-    """As soon as the Trainer is built, before any callback is asked."""
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
-        trainer(BUILD[name](), BUILD[name]())
 
 
 def test_a_module_trains_after_a_refusal() -> None:

@@ -24,6 +24,7 @@ from lightning_mup.callbacks import quantities
 from lightning_mup.callbacks.matrices import Watched, choose, rates_of
 from lightning_mup.callbacks.probe_pass import multiplied
 from lightning_mup.callbacks.quantities import CHEAP, QUANTITIES
+from lightning_mup.callbacks.spectral_normalization import SpectralNormalization
 from lightning_mup.callbacks.watch_updates import Per, WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.spec import ParamSpec, Role
@@ -221,6 +222,33 @@ def test_decay_by_a_callback_is_part_of_the_update_and_of_the_rates() -> None:
         assert found[f"optimizer/decay_timescale/{name}"] == pytest.approx(250.0)
 
 
+def test_rate_of_a_normalized_step_is_that_at_the_base() -> None:
+    """Of matrices; vectors move at their group's."""
+
+    def make(module: L.LightningModule) -> Any:
+        return torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0.1)
+
+    def rates(*others: L.Callback) -> dict[str, float]:
+        names = {"net.2.weight": "hidden", "net.4.weight": "output"}
+        quantities: list[Any] = ["optimizer/effective_learning_rate", "optimizer/decay_timescale"]
+        watch = WatchUpdates(1, quantities=quantities, per="matrix")
+        plan = Parametrize(lambda: Net(16, make=make), lr_multipliers={"output": 0.5})
+        found = fit(Net(64, make=make), plan, WeightDecay(4e-4), watch, *others)
+        assert found["optimizer/decay_timescale/net.2.weight"] == pytest.approx(4 / 4e-4)
+        return {
+            name: found[f"optimizer/effective_learning_rate/{name}"] for name in (*names, "net.2.bias", "net.4.bias")
+        }
+
+    plain, normalized = rates(), rates(SpectralNormalization())
+    # A hidden matrix four times as wide has a quarter of the rate under Adam, and all of it once it is normalized.
+    assert plain["net.2.weight"] == pytest.approx((0.02 / 4 * 1e-4) ** 0.5)
+    assert normalized["net.2.weight"] == pytest.approx((0.02 * 1e-4) ** 0.5)
+    assert normalized["net.4.weight"] == pytest.approx((0.5 * 0.02 * 1e-4) ** 0.5)
+    assert {name: normalized[name] for name in ("net.2.bias", "net.4.bias")} == {
+        name: plain[name] for name in ("net.2.bias", "net.4.bias")
+    }
+
+
 def test_decay_inside_a_normalized_gradient_removes_no_known_fraction() -> None:
     weight = nn.Parameter(torch.ones(1))
     inside = torch.optim.Adam([weight], lr=0.1, weight_decay=0.5)
@@ -377,12 +405,12 @@ def test_nothing_is_done_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert every == {}
     done.clear()
     fit(Net(16, make=sgd), WatchUpdates(4, quantities=QUANTITIES), steps=7, accumulate_grad_batches=2)
-    assert done.count("take") == 2 * 6
+    assert done.count("take") == 6
     assert done.count("norms_and_ranks") == 2 * 6  # one for each weight and each update
     assert done.count("forward") == 14 + 2
     done.clear()
     fit(Net(16, make=sgd), WatchUpdates(2), steps=7)
-    assert (done.count("take"), done.count("norms_and_ranks"), done.count("forward")) == (3 * 2 * 6, 0, 7)
+    assert (done.count("take"), done.count("norms_and_ranks"), done.count("forward")) == (3 * 6, 0, 7)
 
 
 def test_training_is_the_same_with_and_without() -> None:
