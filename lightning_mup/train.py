@@ -19,8 +19,6 @@ from typing import Any, cast
 
 import hydra
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.fabric.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
@@ -36,6 +34,7 @@ from lightning_mup.core.plan import Plan
 from lightning_mup.core.registry import near
 from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.language import LanguageModel
+from lightning_mup.launch import run_apart, runs_apart
 from lightning_mup.run_log import RunLog
 from lightning_mup.tracking import close
 
@@ -62,6 +61,8 @@ def main(config: DictConfig) -> float:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.INFO if config.verbose else logging.WARNING)
+    if runs_apart(config.trainer.devices):
+        run_apart("lightning_mup.train", expects=RESULT)
     return train(config)
 
 
@@ -155,18 +156,6 @@ def build(config: DictConfig) -> Run:
     for logger in loggers:
         logger.log_hyperparams(flattened(config))
     return Run(trainer, model_of(config), data, record)
-
-
-def composed(words: Sequence[str]) -> DictConfig:
-    """Return the configuration, with its ``hydra`` node, of words of the command line; lists of values are left out.
-
-    Examples:
-        >>> composed(["method=muon", "seed=0,1"]).method.name
-        'muon'
-    """
-    single = [o.input_line for o in OverridesParser.create().parse_overrides(list(words)) if not o.is_sweep_override()]
-    with initialize_config_module("lightning_mup.conf", version_base="1.3"):
-        return compose("train", [line for line in single if line], return_hydra_config=True)
 
 
 def recommendation(path: Path) -> dict[str, object]:

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/setup_venv.sh"
 
-setup_venv plots,test,dev mup # mup 1.0.0 is a reference; it declares large dependencies that it does not import
+setup_venv plots,launchers,slurm,test,dev mup # mup 1.0.0 is a reference; it declares large dependencies that it does not import
 
 echo "ruff check"
 "$VENV_PYTHON" -m ruff check --quiet .

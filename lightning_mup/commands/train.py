@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_mup import train
+from lightning_mup.compose_errors import run_plainly
 
 EXAMPLE = (
     "examples: lightning-mup train method=muon model.net.width=128; lightning-mup train @report/recommended.yaml "
@@ -29,13 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; return 0.
+    """Train; return 0, or 2 where the words do not compose or jobs of a sweep failed.
 
     Raises:
-        ValueError: a file that is named holds no recommendation.
+        ValueError: a file that is named holds no recommendation, or the run does not fit together.
     """
-    hydra_main(expanded(args.words))
-    return 0
+    return hydra_main(expanded(args.words))
 
 
 def expanded(words: Sequence[str]) -> list[str]:
@@ -43,10 +42,11 @@ def expanded(words: Sequence[str]) -> list[str]:
     return [part for word in words for part in (_recommended(word[1:]) if word.startswith("@") else [word])]
 
 
-def hydra_main(words: Sequence[str]) -> None:
-    """Call the Hydra program as ``python -m lightning_mup.train`` would, with the given words."""
-    sys.argv = [str(train.__file__), *words]
-    train.main()
+def hydra_main(words: Sequence[str]) -> int:
+    """Call the Hydra program as ``python -m lightning_mup.train`` would, and return its exit code."""
+    return run_plainly(
+        train.main, words, name=str(train.__file__)
+    )  # the file is what Lightning starts further ranks by
 
 
 def _recommended(path: str) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lightning_mup import train
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import read_runs
 from lightning_mup.commands.train import hydra_main
+from lightning_mup.commands.words import configured
 
 EXAMPLE = "example: lightning-mup transfer experiment=width_transfer launcher=joblib"
 
@@ -26,19 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the sweep, or what is left of it, and write the report beside its runs; return 0.
+    """Run the sweep, or what is left of it, and write the report beside its runs; return 0, or 2 where jobs failed.
 
     Raises:
-        ValueError: the words name no sweep, or its runs cannot be compared.
+        ValueError: the words do not compose, name no sweep, or its runs cannot be compared.
     """
-    config = train.composed(args.words)
-    if config.hydra.mode is None:
+    config, sweep = configured(args.words)
+    if sweep is None:
         raise ValueError(f"{args.words} name no sweep; give experiment=width_transfer, or sweep=width_lr rules=sp,mup")
-    hydra_main(args.words)
-    folder = Path(config.hydra.sweep.dir)
-    report, written = write_report(
-        read_runs(folder), folder / "report", axis=config.report.axis, tuned=config.report.tuned
-    )
+    if code := hydra_main(args.words):
+        return code
+    folder, settings = sweep.folder / "report", config.report
+    report, written = write_report(read_runs(sweep.folder), folder, axis=settings.axis, tuned=settings.tuned)
     print(f"\n{report.table()}\n\nwritten: {', '.join(map(str, written))}")
-    train.log_report(config, report.rows(), folder / "report")
+    train.log_report(config, report.rows(), folder)
     return 0

@@ -18,6 +18,7 @@ from lightning_mup.core.patterns import match
 from lightning_mup.core.plan import EpsValue, ParamPlan, Plan
 from lightning_mup.core.power import Power
 from lightning_mup.core.rules import Row, Rules, find_rules, without_depth
+from lightning_mup.core.settings import routes_of, settings_of
 from lightning_mup.core.spec import ParamSpec, Role, as_roles_line
 
 RulesLike = str | Rules | Sequence[str | Rules]
@@ -211,15 +212,17 @@ def plan(
     """
     found = find_method(method)
     scaling = read(model, base, resolve_base(base, model), rules, choices or Choices())
-    check_guesses(f"the routes of method {found.name!r}", found.routes, scaling.specs)
+    check_guesses(f"the routes of method {found.name!r}", routes_of(found, dict(settings or {})), scaling.specs)
     rows = tuple(_planned(scaling, spec, found, settings or {}) for spec in scaling.specs)
     return Plan(rows, scaling.rules.name)
 
 
 def _planned(scaling: Scaling, spec: ParamSpec, method: Method, settings: Mapping[str, object]) -> ParamPlan:
-    routed = method.for_role(spec.role)
-    own = settings if routed is method else {}
-    return scaling.param(spec, routed, {**{key: 1.0 for key in routed.eps}, **routed.defaults, **own})
+    group = {**method.defaults, **settings, "method": method.name}
+    name = routes_of(method, group).get(spec.role, method.name)
+    routed = method if name == method.name else find_method(name)
+    own = group if routed is method else settings_of(group, name)
+    return scaling.param(spec, routed, {**{key: 1.0 for key in routed.eps}, **own})
 
 
 def read(model: nn.Module, given: object, base: Base, rules: RulesLike, choices: Choices) -> Scaling:

@@ -23,19 +23,31 @@ MAY_IMPORT = {
     "transforms": {"core", "transforms"},
     "methods": {"core", "transforms", "methods"},
     "models": {"models"},
-    "data": {"data"},
+    "data": {"core", "data"},
     "analysis": BOTTOM | {"analysis"},
     "metrics": {"core", "metrics"},
     "schedules": {"core", "schedules"},
     "horizon": {"core", "horizon"},
+    "budget": {"budget"},
+    "language": {"language"},
+    "run_log": {"run_log"},
+    "tracking": {"core", "tracking"},
+    "compose_errors": {"core", "compose_errors"},
+    "sweep_grid": {"sweep_grid"},
+    "sweep_axes": {"sweep_grid", "sweep_axes"},
+    "sweep": {"core", "sweep_grid", "sweep_axes", "sweep"},
+    "launch": {"sweep_axes", "launch"},
     "callbacks": MIDDLE,
     "strategies": MIDDLE,
     "__init__": MIDDLE | {"__init__"},
-    "cli": MIDDLE | {"__init__", "cli"},
-    "train": MIDDLE | {"__init__", "train"},
+    "commands": MIDDLE | {"compose_errors", "sweep", "sweep_axes", "train", "commands"},
+    "cli": MIDDLE | {"__init__", "commands", "cli"},
+    "train": MIDDLE | {"__init__", "budget", "language", "run_log", "tracking", "launch", "train"},
 }
-KNOWS_LIGHTNING = {"data", "callbacks", "strategies", "__init__", "cli", "train"}
+KNOWS_LIGHTNING = {"data", "callbacks", "strategies", "language", "run_log", "tracking", "launch"}
+KNOWS_LIGHTNING |= {"__init__", "commands", "cli", "train"}
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
+KNOWS_HYDRA = {"compose_errors", "sweep", "sweep_axes", "launch", "commands", "train"}
 HYDRA = {"hydra", "omegaconf"}
 # third-party packages that a function may import, because they are extras or slow to load
 MAY_HIDE = {"datasets", "hydra", "matplotlib", "omegaconf", "rich", "submitit", "tokenizers", "wandb"}
@@ -131,7 +143,7 @@ def _is_foreign(found: Import, package: str) -> bool:
     part, root = _part(found.importer), _root(found.target)
     if part == "core":
         return root not in {"torch", package} | sys.stdlib_module_names
-    return (root in LIGHTNING and part not in KNOWS_LIGHTNING) or (root in HYDRA and part != "train")
+    return (root in LIGHTNING and part not in KNOWS_LIGHTNING) or (root in HYDRA and part not in KNOWS_HYDRA)
 
 
 def hidden_imports(package: Path) -> list[str]:
@@ -219,6 +231,7 @@ def test_check_accepts_a_clean_package(check: Check, tmp_path: Path) -> None:
         (foreign_imports, "analysis/bad.py", "from lightning import Trainer"),
         (foreign_imports, "callbacks/bad.py", "from hydra.utils import instantiate"),
         (foreign_imports, "cli.py", "def f():\n    import omegaconf"),
+        (foreign_imports, "sweep_grid.py", "import hydra"),
         (hidden_imports, "core/bad.py", "def f():\n    import math"),
         (hidden_imports, "core/bad.py", "class A:\n    async def f(self):\n        from .power import P"),
         (hidden_imports, "callbacks/bad.py", "def f():\n    import lightning"),

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mup import cli
 from lightning_mup.analysis.coordinate import Coordinate, CoordinateReport, fit_slopes
 from lightning_mup.cli import main
+from lightning_mup.commands import check
 from lightning_mup.commands.words import pair
 from lightning_mup.core.scaling import Choices
 
@@ -208,7 +209,6 @@ def test_module_that_fails_to_import(lightning_mup: Result, tmp_path: Path) -> N
     [
         (("plan", "toy_models:mlp", "--base", "width"), "'width' is not NAME=VALUE; write width=128"),
         (("plan", "toy_models:mlp", "--base", "=3"), "'=3' is not NAME=VALUE"),
-        (("plan", "toy_models:mlp", "--set", "width=3"), "required: --base"),
         (("plan", "toy_models:mlp", *WIDTHS, "--json", "--csv"), "not allowed with"),
         (("check", "toy_models:Lit", "--widths", "64,big"), "'64,big' is no list of whole numbers; write 64,128,256"),
         ((), "required: command"),
@@ -221,12 +221,31 @@ def test_words_that_are_not_understood(words: Sequence[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["plan", "check", "measure", "list"])
+def test_a_factory_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "toy_models:mlp", "--set", "width=3"]) == 2
+    assert "toy_models:mlp needs --base NAME=VALUE" in capsys.readouterr().err
+
+
+def test_plan_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=llama_1.4b", "method=muon"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"hidden\s+128\s+1536/512\s+1536/512\s+muon_adam\s+1\s+1 ", out.replace("0.5774", "1"))
+    assert re.search(r"output\s+1\s+50257/50257\s+1536/512\s+adam .*0.5333", out)
+
+
+def test_options_of_hydra_go_to_hydra_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["list", "--multirun"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --multirun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "transfer", "report", "plan", "check", "measure", "data", "list"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert f"example: lightning-mup {command}" in " ".join(capsys.readouterr().out.split())
+    assert re.search(f"examples?: lightning-mup {command}", " ".join(capsys.readouterr().out.split()))
 
 
 def test_values_are_python_or_words() -> None:
@@ -261,8 +280,8 @@ class Stand:
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     made = Stand({"mup": 0.0, "sp": 1.0, "ntk": 0.5, "mup complete_p": 0.0})
-    monkeypatch.setattr(cli, "coordinate_check", made.check)
-    monkeypatch.setattr(cli, "plot_coordinates", made.draw)
+    monkeypatch.setattr(check, "coordinate_check", made.check)
+    monkeypatch.setattr(check, "plot_coordinates", made.draw)
     return made
 
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_mup import cli
 from lightning_mup.cli import main
+from lightning_mup.commands import measure
 from lightning_mup.core.method import all_methods
 
 Result = Callable[..., tuple[int, str, str]]
@@ -44,7 +44,7 @@ def test_measure_leaves_an_epsilon_that_matters_to_the_user(lightning_mup: Resul
 
 
 def test_measure_reports_a_declaration_that_differs(lightning_mup: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_agrees", lambda declared, found: False)
+    monkeypatch.setattr(measure, "_agrees", lambda declared, found: False)
     code, out, _ = lightning_mup("measure", "torch.optim:SGD")
     assert (code, out.split()[-1]) == (1, "DIFFERS")
 
@@ -77,6 +77,6 @@ def test_a_declaration_of_another_weight_degree_differs(
     wrong: dict[str, int], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     declared = replace(all_methods()["adafactor"], **wrong)
-    monkeypatch.setattr(cli, "all_methods", lambda: {"adafactor": declared})
-    assert cli.main(["measure", "torch.optim:Adafactor"]) == code
+    monkeypatch.setattr(measure, "all_methods", lambda: {"adafactor": declared})
+    assert main(["measure", "torch.optim:Adafactor"]) == code
     assert ("DIFFERS" if code else "agrees") in capsys.readouterr().out

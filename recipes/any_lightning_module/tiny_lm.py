@@ -1,15 +1,11 @@
-"""A language model on real text, parametrized by one callback, and the check that it is right.
+"""A language model on real text, like any other LightningModule.
 
-The text is Python's own standard library, read as bytes, so that nothing need be downloaded. The script prints the
-plan that carries a width-64 proxy over to width 512, trains both parametrizations for ten steps at four widths, and
-leaves tables and the picture in the folder of ``--out``.
+The text is Python's own standard library, read as bytes, so that nothing need be downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import sysconfig
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -18,11 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_mup as mup
-from lightning_mup.analysis.plots import plot_coordinates
-
 BYTES, CONTEXT, HEAD = 256, 64, 16
-WIDTHS = (64, 128, 256, 512)
 
 
 class TinyLM(L.LightningModule):
@@ -67,31 +59,3 @@ def text(limit: int = 500_000) -> Tensor:
     source = b"".join(file.read_bytes() for file in files)[:limit]
     usable = len(source) // (CONTEXT + 1) * (CONTEXT + 1)
     return torch.frombuffer(bytearray(source[:usable]), dtype=torch.uint8).long().view(-1, CONTEXT + 1)
-
-
-def main() -> None:
-    """Print the plan, run the coordinate check under mup and sp, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("recipes/results"), help="folder for tables and picture")
-    out: Path = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-
-    with torch.device("meta"):
-        print(mup.plan(TinyLM(512), base=lambda: TinyLM(64), method="adamw"), end="\n\n")
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
-        reports = {
-            rules: mup.coordinate_check(TinyLM, widths=WIDTHS, rules=rules, method="adamw", lr=5e-3)
-            for rules in ("mup", "sp")
-        }
-    for rules, report in reports.items():
-        print(f"\n{rules}: {'passed' if report.passed else 'FAILED'}\n{report.table()}")
-        (out / f"coordinate_check_{rules}.txt").write_text(report.table() + "\n")
-    plot_coordinates(reports, out / "coordinate_check.png")
-    print(f"\nThe picture: {out / 'coordinate_check.png'}")
-
-
-if __name__ == "__main__":
-    main()

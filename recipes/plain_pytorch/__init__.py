@@ -1,0 +1,1 @@
+"""A plan in a plain PyTorch loop, without a Trainer."""

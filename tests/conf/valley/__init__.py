@@ -1,0 +1,1 @@
+"""A Hydra program of somebody else, for tests of sweeps and launchers."""
