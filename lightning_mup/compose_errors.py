@@ -23,15 +23,16 @@ _EXTRAS = {"joblib": "launchers", "submitit_local": "slurm", "submitit_slurm": "
 _PREFIXES = "+~"
 
 
-def run_plainly(program: Callable[[], object], words: Sequence[str], *, name: str) -> int:
+def run_plainly(program: Callable[[], object], words: Sequence[str], *, name: str, script: str) -> int:
     """Run a Hydra program with the words of a command line; return 0, or 2 and say why it could not be carried out.
 
     Args:
         program: decorated by ``hydra.main``.
         words: overrides and Hydra's own options.
         name: of the program, for its messages.
+        script: its file, by which Lightning starts further ranks.
     """
-    before, sys.argv = sys.argv, [name, *words]
+    before, sys.argv = sys.argv, [script, *words]
     try:
         with _raising():
             program()

@@ -44,9 +44,7 @@ def expanded(words: Sequence[str]) -> list[str]:
 
 def hydra_main(words: Sequence[str]) -> int:
     """Call the Hydra program as ``python -m lightning_mup.train`` would, and return its exit code."""
-    return run_plainly(
-        train.main, words, name=str(train.__file__)
-    )  # the file is what Lightning starts further ranks by
+    return run_plainly(train.main, words, name="lightning-mup train", script=str(train.__file__))
 
 
 def _recommended(path: str) -> list[str]:

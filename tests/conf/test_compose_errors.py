@@ -38,19 +38,21 @@ from lightning_mup.train import main
     ],
 )
 def test_what_is_wrong_is_said_with_what_there_is(word: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_plainly(main, word.split(), name="lightning-mup train") == 2
+    assert run_plainly(main, word.split(), name="lightning-mup train", script="train.py") == 2
     told = capsys.readouterr().err
     assert told.startswith(f"lightning-mup train: {answer}")
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 def test_keys_are_those_of_the_groups_that_were_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    run_plainly(main, ["data=folder", "data.pth=x"], name="lightning-mup train")
+    run_plainly(main, ["data=folder", "data.pth=x"], name="lightning-mup train", script="train.py")
     assert "did you mean 'data.source.path'" in capsys.readouterr().err
 
 
 def test_a_constructor_that_refuses_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_plainly(main, ["model.net.width=33", "data=synthetic"], name="lightning-mup train") == 2
+    assert (
+        run_plainly(main, ["model.net.width=33", "data=synthetic"], name="lightning-mup train", script="train.py") == 2
+    )
     told = capsys.readouterr().err.splitlines()[-1]
     assert "width must be a multiple of head_dim=32, got 33" in told
     assert "Traceback" not in told
