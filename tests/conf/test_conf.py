@@ -32,6 +32,7 @@ KINDS = {
     "data/embedded": TokenDataModule,
     "data/embedded_site": TokenDataModule,
     "data/fineweb": TokenDataModule,
+    "data/fineweb_paper": TokenDataModule,
     "data/folder": TokenDataModule,
     "data/openwebtext": TokenDataModule,
     "data/shards": TokenDataModule,

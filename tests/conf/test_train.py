@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from lightning_mup.data.synthetic import MarkovChain
 from lightning_mup.train import train
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -111,3 +112,64 @@ def test_model(tmp_path: Path, model: str) -> None:
     else:
         config = tiny(tmp_path, f"model={model}", "model.net.vocab_size=64", "model.net.kv_heads=null")
     assert_trained(tmp_path, config)
+
+
+SHRUNK = [
+    "data=synthetic",
+    "trainer=cpu",
+    "data.context=16",
+    "data.batch_size=4",
+    "data.val_batches=2",
+    "model.net.width=32",
+    "model.net.depth=1",
+    "model.net.head_dim=8",
+    "model.base={width: 16, depth: 1}",
+    "trainer.max_steps=3",
+    "trainer.enable_progress_bar=false",
+    "hydra.mode=RUN",
+]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiment(tmp_path: Path, experiment: str) -> None:
+    paper = ["model.net.vocab_size=64", "budget={steps: 20000000, tokens_per_parameter: null}"]  # beyond its warm-up
+    words = [f"experiment={experiment}", *SHRUNK, *(paper if "llama" in experiment else []), f"folder={tmp_path}"]
+    assert_trained(tmp_path, compose("train", overrides=words))
+
+
+@pytest.mark.parametrize("debug", options("debug"))
+def test_debug(tmp_path: Path, debug: str) -> None:
+    lines = [line for line in TINY if not line.startswith("budget")]
+    config = compose("train", overrides=[*lines, f"debug={debug}", "trainer.max_steps=3", f"folder={tmp_path}"])
+    assert_trained(tmp_path, config)
+
+
+@pytest.mark.parametrize("data", ["embedded", "folder", "shards"])
+def test_data(tmp_path: Path, data: str) -> None:
+    (tmp_path / "text").mkdir()
+    for name in range(40):
+        (tmp_path / "text" / f"{name}.txt").write_text(f"{name} " * 200)
+    chain = MarkovChain(vocab_size=64, tokens=4000, val_tokens=2000, cache=tmp_path / "cache")
+    chain.prepare()
+    given = {
+        "embedded": [],
+        "folder": [f"data.source.path={tmp_path / 'text'}"],
+        "shards": [f"data.source.{key}={paths[0]}" for key, paths in zip(("train", "val"), chain.files(), strict=True)],
+    }
+    words = [line for line in TINY if line != "data=synthetic"]
+    assert_trained(tmp_path, compose("train", overrides=[f"data={data}", *words, *given[data], f"folder={tmp_path}"]))
+
+
+@pytest.mark.parametrize("group", ["trainer", "strategy"])
+def test_the_rest_composes(tmp_path: Path, group: str) -> None:
+    for choice in options(group):
+        assert "strategy" in tiny(tmp_path, f"{group}={choice}").trainer
+
+
+def test_every_group_is_held_by_a_test() -> None:
+    here = {"callbacks", "data", "debug", "experiment", "logger", "method", "model", "rules", "schedule", "strategy"}
+    elsewhere = {"hydra", "launcher", "sweep", "paper"}  # test_sweep.py, test_launchers.py, test_runs.py
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} - {"__pycache__"} == here | elsewhere | {
+        "trainer",
+        "weight_decay",
+    }
