@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_mup.sweep_grid import Grid
 
+_LONGEST, _DIGITS = 192, 12
 _SAFE = "^+-.~"
 """Beside letters, digits and _, what a folder's name may hold as it is."""
 _UNNAMED = {"sweep", "launcher"}
@@ -170,7 +172,25 @@ def folder_name(names: Mapping[str, str]) -> str:
         >>> folder_name({"rules.names": "[mup,complete_p]", "width": "64", "lr": "2^-4", "data": "'a b/c'"})
         'rules.names=mup+complete_p,width=64,lr=2^-4,data=a%20b%2Fc'
     """
-    return ",".join(f"{quote(key, safe=_SAFE)}={_plain(value)}" for key, value in names.items())
+    return _cut(",".join(f"{quote(key, safe=_SAFE)}={_plain(value)}" for key, value in names.items()))
+
+
+def shortened_name(text: str) -> str:
+    """Return a text as a folder's name, which file systems want at most 255 bytes long and without a slash.
+
+    Examples:
+        >>> shortened_name("method=muon"), shortened_name("")
+        ('method=muon', 'default')
+        >>> len(shortened_name("x" * 1000))
+        193
+    """
+    return _cut(quote(text or "default", safe=f"{_SAFE}=,"))
+
+
+def _cut(name: str) -> str:
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - _DIGITS]}~{hashlib.sha256(name.encode()).hexdigest()[:_DIGITS]}"
 
 
 def _plain(value: str) -> str:

@@ -36,9 +36,11 @@ from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.language import LanguageModel
 from lightning_mup.launch import run_apart, runs_apart
 from lightning_mup.run_log import RunLog
+from lightning_mup.sweep_axes import shortened_name
 from lightning_mup.tracking import close
 
 log = logging.getLogger(__name__)
+OmegaConf.register_new_resolver("shortened", shortened_name, replace=True)  # of conf/train.yaml
 
 _WHERE = (
     "folder",
@@ -173,8 +175,8 @@ def log_report(config: DictConfig, rows: Sequence[Mapping[str, object]], folder:
     """
     if "wandb" not in config.logger:
         return
-    settings = {**_given(config.logger.wandb), "folder": folder, "job_type": "report", "name": f"{config.name} report"}
-    logger = instantiate(settings)
+    placed = OmegaConf.merge(config, {"folder": str(folder)})
+    logger = instantiate(placed.logger.wandb, job_type="report", name=f"{config.name} report")
     logger.log_table("transfer", columns=list(rows[0]), data=[list(row.values()) for row in rows])
     if (picture := folder / "report.png").exists():
         logger.log_image("report", [str(picture)])

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "__init__": MIDDLE | {"__init__"},
     "commands": MIDDLE | {"compose_errors", "sweep", "sweep_axes", "train", "commands"},
     "cli": MIDDLE | {"__init__", "commands", "cli"},
-    "train": MIDDLE | {"__init__", "budget", "language", "run_log", "tracking", "launch", "train"},
+    "train": MIDDLE | {"__init__", "budget", "language", "run_log", "tracking", "launch", "sweep_axes", "train"},
 }
 KNOWS_LIGHTNING = {"data", "callbacks", "strategies", "language", "run_log", "tracking", "launch"}
 KNOWS_LIGHTNING |= {"__init__", "commands", "cli", "train"}
