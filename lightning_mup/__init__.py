@@ -3,6 +3,7 @@
 from lightning_mup.callbacks.coordinate_check import CoordinateCheck, coordinate_check
 from lightning_mup.callbacks.grafting import Grafting
 from lightning_mup.callbacks.parametrize import Parametrize
+from lightning_mup.callbacks.record_run import RecordRun
 from lightning_mup.callbacks.spectral_normalization import SpectralNormalization
 from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
@@ -27,6 +28,8 @@ from lightning_mup.methods.muon import Muon
 from lightning_mup.methods.sgd import SGD
 from lightning_mup.methods.shampoo import Shampoo
 from lightning_mup.methods.soap import SOAP
+from lightning_mup.run_log import RunLog
+from lightning_mup.tracking import WandbRun
 
 __all__ = [
     "SGD",
@@ -50,13 +53,16 @@ __all__ = [
     "Parametrize",
     "Plan",
     "Power",
+    "RecordRun",
     "Role",
     "Row",
     "Rules",
+    "RunLog",
     "Shampoo",
     "Size",
     "SpectralNormalization",
     "StackedOptimizer",
+    "WandbRun",
     "WatchUpdates",
     "WeightDecay",
     "all_methods",
