@@ -29,7 +29,6 @@ from lightning_mup.methods.sgd import SGD
 from lightning_mup.methods.shampoo import Shampoo
 from lightning_mup.methods.soap import SOAP
 from lightning_mup.run_log import RunLog
-from lightning_mup.tracking import WandbRun
 
 __all__ = [
     "SGD",
@@ -62,7 +61,6 @@ __all__ = [
     "Size",
     "SpectralNormalization",
     "StackedOptimizer",
-    "WandbRun",
     "WatchUpdates",
     "WeightDecay",
     "all_methods",

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "launch": {"sweep_axes", "launch"},
     "callbacks": MIDDLE,
     "strategies": MIDDLE,
-    "__init__": MIDDLE | {"run_log", "tracking", "__init__"},
+    "__init__": MIDDLE | {"run_log", "__init__"},
     "commands": MIDDLE | {"compose_errors", "sweep", "sweep_axes", "train", "commands"},
     "cli": MIDDLE | {"__init__", "commands", "cli"},
     "train": MIDDLE | {"__init__", "budget", "language", "run_log", "tracking", "launch", "sweep_axes", "train"},
