@@ -14,9 +14,8 @@ from recipes.benchmarks import trainer
 
 @pytest.mark.filterwarnings("default")
 def test_either_loop_leaves_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("WIDTH", 32), ("DEPTH", 1), ("CONTEXT", 16)):
+    for name, size in (("WIDTH", 64), ("BASE", 32), ("DEPTH", 1), ("CONTEXT", 16)):
         monkeypatch.setattr(trainer, name, size)
-    monkeypatch.setattr(trainer.build, "__defaults__", (32,))
     monkeypatch.setattr(logging, "disable", lambda level: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     trainer.main(["--rounds", "1", "--steps", "1", "--out", str(tmp_path)])
