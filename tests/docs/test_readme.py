@@ -53,10 +53,9 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
         assert (ROOT / command[1]).is_file()
         return
     assert command[0] == "lightning-mup"
-    arguments = [str(tmp_path / word) if word.endswith(".png") else word for word in command[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    call = [sys.executable, "-m", "lightning_mup.cli", *arguments]
-    run = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    call = [sys.executable, "-m", "lightning_mup.cli", *command[1:]]
+    run = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
