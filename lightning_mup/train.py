@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -60,12 +61,11 @@ _SHOWN = 6
 @hydra.main(config_path="pkg://lightning_mup.conf", config_name="train", version_base="1.3")
 def main(config: DictConfig) -> float:
     """Train as configured; return the validation loss, or inf where the run diverged."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.INFO if config.verbose else logging.WARNING)
     if runs_apart(config.trainer.devices):
         run_apart("lightning_mup.train", expects=RESULT)
-    return train(config)
+    with _saying(config.verbose), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls what torch 2.13 deprecates
+        return train(config)
 
 
 def train(config: DictConfig) -> float:
@@ -311,6 +311,20 @@ def _given(settings: DictConfig) -> dict[str, object]:
 
 def _built(parts: Iterable[DictConfig | None]) -> list[Any]:
     return [instantiate(part, _convert_="all") for part in parts if part]
+
+
+@contextmanager
+def _saying(verbose: bool) -> Iterator[None]:
+    """Have Lightning's loggers, and with them our callbacks, say what they do, or warn only."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @rank_zero_only

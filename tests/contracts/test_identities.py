@@ -246,7 +246,7 @@ def test_a_lost_vector_shows(cls: Optimizer, start: float) -> None:
     for state in lost.state.values():
         state[V].fill_(0.0)[0] = start
     right, wrong = (spectral_norms(step(optimizer, g_NOI)) for optimizer in (kept, lost))
-    assert (wrong / right > 1.02).all()
+    assert ((wrong / right - 1).abs() > 0.02).all()  # from zero, nothing moves
 
 
 @pytest.mark.parametrize("cls", NORMALIZED)

@@ -27,12 +27,15 @@ class Offline:
     exited: bool = False
 
 
-def read_offline(folder: Path, patience: float = 20.0) -> Offline:
+def read_offline(folder: Path, patience: float = 60.0) -> Offline:
     """Return what the one ended offline run below a folder holds; W&B may still be writing it for a moment."""
-    (path,) = folder.rglob("*.wandb")
     end = time.monotonic() + patience
-    while not (found := _read(path)).exited and time.monotonic() < end:
+    found = Offline()
+    while not found.exited and time.monotonic() < end:
         time.sleep(0.05)
+        paths = list(folder.rglob("*.wandb"))
+        assert len(paths) <= 1
+        found = _read(paths[0]) if paths else found
     return found
 
 
