@@ -191,9 +191,9 @@ class Ownership:
         ValueError: a setting is out of range.
 
     Examples:
-        >>> Ownership(elementwise="split")
+        >>> Ownership(elementwise="divided")
         Traceback (most recent call last):
-        ValueError: elementwise must be 'divide' or 'replicate', got 'split'
+        ValueError: elementwise must be 'divide' or 'replicate', got 'divided'; did you mean 'divide'?
     """
 
     def __init__(

@@ -34,6 +34,7 @@ from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.optimizer import NonFiniteGradientError
 from lightning_mup.core.ownership import Ownership
+from lightning_mup.strategies import mup_ddp
 from lightning_mup.transforms import orthogonalize, shampoo, soap
 from tests.distributed.ranks import free_port
 from tests.models import generator
@@ -281,13 +282,15 @@ def beside_ddp(folder: Path, ranks: int) -> Result:
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "steps": 12}
     for name in RUNS:
         for strategy in (DDPStrategy(find_unused_parameters=True), MupDDPStrategy(find_unused_parameters=True)):
-            result = fit(strategy, ranks, *callbacks(name), module=method_of(name), **settings)
-            found[f"{name}, {type(strategy).__name__}"] = result
+            said: list[str] = []
+            with patch.object(mup_ddp, "rank_zero_info", said.append):
+                result = fit(strategy, ranks, *callbacks(name), module=method_of(name), **settings)
+            found[f"{name}, {type(strategy).__name__}"] = {**result, "said": said}
     return found
 
 
 def saving(folder: Path, ranks: int) -> Result:
-    return {"whole": fit(mup_ddp(), ranks, every(folder / "saved"))}
+    return {"whole": fit(divided(), ranks, every(folder / "saved"))}
 
 
 def resuming(folder: Path, ranks: int) -> Result:
@@ -295,28 +298,28 @@ def resuming(folder: Path, ranks: int) -> Result:
     file, again = folder / "saved" / "step=10.ckpt", folder / "again" / f"{ranks}.ckpt"
     module = Net()
     trainer = L.Trainer(
-        accelerator="cpu", strategy=mup_ddp(), devices=ranks, max_steps=10, logger=False,
+        accelerator="cpu", strategy=divided(), devices=ranks, max_steps=10, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, ckpt_path=file)
     trainer.save_checkpoint(again)
-    return {"resumed": fit(mup_ddp(), ranks, resume=file)}
+    return {"resumed": fit(divided(), ranks, resume=file)}
 
 
 def killed(folder: Path, ranks: int) -> Result:
-    return {"killed": fit(mup_ddp(timeout=timedelta(seconds=20)), ranks, every(folder / "killed", 1), Dies())}
+    return {"killed": fit(divided(timeout=timedelta(seconds=20)), ranks, every(folder / "killed", 1), Dies())}
 
 
 def after_the_kill(folder: Path, ranks: int) -> Result:
     last = max((folder / "killed").glob("*.ckpt"), key=lambda file: int(file.stem.removeprefix("step=")))
     return {
         "last": last.stem,
-        "resumed": fit(mup_ddp(), ranks, resume=last),
-        "whole": fit(mup_ddp(), ranks),
+        "resumed": fit(divided(), ranks, resume=last),
+        "whole": fit(divided(), ranks),
     }
 
 
-def mup_ddp(**settings: Any) -> MupDDPStrategy:
+def divided(**settings: Any) -> MupDDPStrategy:
     return MupDDPStrategy(find_unused_parameters=True, **settings)
 
 

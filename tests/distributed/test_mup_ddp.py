@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_the_strategy_does_what_ddp_does(folder: Path, name: str) -> None:
         ours, theirs = ((found[side] if side else found) for found in (saved, want["saved"]))
         assert ours["param_groups"] == theirs["param_groups"]
         assert states_equal(ours["state"], theirs["state"])
+
+
+def test_ddp_says_once_what_dividing_would_save(folder: Path) -> None:
+    plain, divided = (seen(folder, "beside ddp", 2)[0][f"parametrize, {kind}Strategy"] for kind in ("DDP", "MupDDP"))
+    (said,) = plain["said"]
+    found = re.fullmatch(r"Every one of the 2 ranks keeps ([\d.]+) MB .* at most ([\d.]+) MB and (\d+)% of .*", said)
+    assert found is not None
+    vectors = 1e6 * float(found[1]) - plain["bytes"]
+    assert -3000 < vectors <= 0
+    assert "divides" in divided["said"][0]
+    assert all(f"{float(found[i])} MB" in divided["said"][0] for i in (1, 2))
+    assert divided["said"][1].startswith("mup_ddp: 0.00819 MB received and ")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
