@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ _CHEAP = 4 * ELEMENTWISE  # operations per entry, of up to four elementwise pass
 _ALIGNMENT = 16  # bytes, at which any dtype may start
 _PADDING = 1.25  # an all-gather sends as much for each rank; beyond this factor, broadcasts send less
 _STACK = TypeVar("_STACK")
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 _DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
 
 
@@ -304,7 +305,7 @@ class Ownership:
         most = max(sizes)
         buffer = torch.empty(self.ranks, most, dtype=torch.uint8, device=self._device)
         _pack(buffer[self.rank], params[self.rank])
-        handle = dist.all_gather_into_tensor(buffer.view(-1), buffer[self.rank], group=self._group, async_op=True)
+        handle = _all_gather(buffer.view(-1), buffer[self.rank], group=self._group, async_op=True)
         others = [(list(own), buffer[r]) for r, own in enumerate(params) if r != self.rank and own]
         return _Flight([handle], others)
 

@@ -7,6 +7,7 @@ Usage: python -m tests.distributed.dividing FOLDER
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mup as mup
 from lightning_mup import Grafted, Grafting, MupDDPStrategy, Parametrize, SpectralNormalization, StackedOptimizer
+from lightning_mup.callbacks.coordinate_check import CoordinateCheck
 from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.optimizer import NonFiniteGradientError
@@ -162,6 +164,31 @@ def not_finite(nonfinite: str) -> Result:
     return {"unmoved": all(map(torch.equal, before, params)), "error": error}
 
 
+def refusals() -> dict[str, str]:
+    optimizer = mup.Muon(parameters(FEW), lr=0.02)
+    optimizer.divide(Ownership())
+    tried = {"copy": lambda: copy.deepcopy(optimizer), "twice": lambda: optimizer.divide(Ownership())}
+    found: dict[str, str] = {}
+    for what, call in tried.items():
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            found[what] = str(error)
+    return found
+
+
+def replicated() -> Result:
+    """Elementwise methods stay with every rank."""
+    optimizers = [kind(parameters([*ALIKE, *VECTORS]), lr=0.02) for kind in (mup.Adam, mup.Muon)]
+    ownership = None
+    for optimizer in optimizers:
+        ownership = Ownership(elementwise="replicate", beside=ownership)
+        optimizer.divide(ownership)
+        step(optimizer, 1)
+    assert ownership is not None
+    return {"state bytes": [state_bytes(optimizer) for optimizer in optimizers], "traffic": ownership.traffic.bytes}
+
+
 def optimizers(folder: Path, ranks: int) -> Result:
     """Run what needs no Trainer."""
     init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -171,6 +198,7 @@ def optimizers(folder: Path, ranks: int) -> Result:
     found |= {f"{case}, few": alone(case, FEW) for case in ("muon", "shampoo")}
     found |= {f"muon, {size} bytes": alone("muon", [*EVEN, *VECTORS], size) for size in (1, 2**25)}
     found |= {f"not finite, {what}": not_finite(what) for what in ("raise", "skip")}
+    found |= {"refusals": refusals(), "replicated": replicated()}
     destroy_process_group()
     return found
 
@@ -238,6 +266,7 @@ def fit(strategy: Any, ranks: int, *callbacks: Callback, steps: int = STEPS, **k
     trainer.fit(module, ckpt_path=resume)
     found: Result = {"weights": {n: p.detach().clone() for n, p in module.named_parameters()}}
     found["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    found["records"] = [record for c in callbacks if isinstance(c, CoordinateCheck) for record in c.records]
     found["bytes"] = sum(map(state_bytes, stacked(trainer.optimizers[0])))
     if isinstance(strategy, MupDDPStrategy):
         found["traffic"] = strategy.traffic
@@ -261,6 +290,7 @@ def callbacks(name: str) -> list[Callback]:
         "grafting": lambda: [Grafting(magnitude=lambda params: mup.AdamW(params, lr=1e-3))],
         "spectral normalization": lambda: [SpectralNormalization()],
         "weight decay": lambda: [WeightDecay(1e-3, base="self"), WatchUpdates(5, quantities=["update/spectral_norm"])],
+        "coordinate check": lambda: [CoordinateCheck(3)],
         "parametrize": lambda: [
             Parametrize({"width": 16}, method="muon_adam", lr=0.01, roles={"seldom.weight": "hidden"})
         ],
@@ -268,7 +298,8 @@ def callbacks(name: str) -> list[Callback]:
     return made[name]()
 
 
-RUNS = ["muon", "shampoo in blocks", "grafting", "spectral normalization", "weight decay", "parametrize"]
+RUNS = ["muon", "shampoo in blocks", "grafting", "spectral normalization", "weight decay", "coordinate check"]
+RUNS += ["parametrize"]
 METHODS = {"muon": "muon", "grafting": "muon", "weight decay": "adam", "spectral normalization": "sgd"}
 
 

@@ -115,6 +115,23 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all(alone: dict[in
         assert f"the gradient {where} is not finite" in found["not finite, raise"]["error"]
 
 
+@RANKS
+def test_elementwise_methods_may_stay_with_every_rank(alone: dict[int, list[Result]], ranks: int) -> None:
+    size, vectors = 4 * 32 * 32, 2 * 4 * sum(shape[0] if shape else 1 for shape in VECTORS)
+    found = [rank["replicated"] for rank in alone[ranks]]
+    assert [rank["state bytes"][0] for rank in found] == [2 * len(ALIKE) * size + vectors] * ranks
+    owned = [(rank["state bytes"][1] - vectors) // size for rank in found]
+    assert sorted(owned) == sorted(len(range(rank, len(ALIKE), ranks)) for rank in range(ranks))
+    assert [rank["traffic"] for rank in found] == [(len(ALIKE) - own) * size for own in owned]
+
+
+@RANKS
+def test_a_divided_optimizer_is_not_copied_and_not_divided_again(alone: dict[int, list[Result]], ranks: int) -> None:
+    for rank in alone[ranks]:
+        assert f"has a part of the state of {ranks} ranks and cannot be copied" in rank["refusals"]["copy"]
+        assert f"divided over {ranks} ranks already" in rank["refusals"]["twice"]
+
+
 # -- with a Trainer -------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +147,8 @@ def test_the_strategy_does_what_ddp_does(folder: Path, name: str) -> None:
         assert got["bytes"] < 0.9 * want["bytes"]
         assert got["traffic"].steps == 12 * (2 if name == "grafting" else 1)
     assert not equal(want["weights"], {n: p.detach() for n, p in Net().named_parameters()})
+    assert ranks[0][f"{name}, MupDDPStrategy"]["records"] == want["records"]
+    assert bool(want["records"]) == (name == "coordinate check")
     saved = ranks[0][f"{name}, MupDDPStrategy"]["saved"]
     for side in ("direction", "magnitude") if name == "grafting" else ("",):
         ours, theirs = ((found[side] if side else found) for found in (saved, want["saved"]))
@@ -146,7 +165,7 @@ def test_ddp_says_once_what_dividing_would_save(folder: Path) -> None:
     assert -3000 < vectors <= 0
     assert "divides" in divided["said"][0]
     assert all(f"{float(found[i])} MB" in divided["said"][0] for i in (1, 2))
-    assert divided["said"][1].startswith("mup_ddp: 0.00819 MB received and ")
+    assert divided["said"][1] == f"mup_ddp: {divided['traffic']}, in 12 steps."
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
