@@ -185,7 +185,7 @@ class Ownership:
     Args:
         group: the process group; None for all ranks.
         elementwise: ``"divide"`` or ``"replicate"`` matrices under elementwise methods (Adam).
-        bucket_bytes: about what all ranks together exchange at once (> 0); what is smaller overlaps better.
+        bucket_bytes: about what all ranks together exchange at once (> 0): less overlaps better, more is computed faster.
         beside: the division of another optimizer of the same ranks, whose loads count too.
 
     Raises:
@@ -202,14 +202,14 @@ class Ownership:
         group: dist.ProcessGroup | None = None,
         *,
         elementwise: Elementwise = "divide",
-        bucket_bytes: int = 2**25,
+        bucket_bytes: int = 2**27,
         beside: Ownership | None = None,
     ) -> None:
         if elementwise not in ("divide", "replicate"):
             said = near(str(elementwise), ("divide", "replicate"))
             raise ValueError(f"elementwise must be 'divide' or 'replicate', got {elementwise!r}{said}")
         if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes must be 1 or more, got {bucket_bytes}; 2**25 is usual")
+            raise ValueError(f"bucket_bytes must be 1 or more, got {bucket_bytes}; 2**27 is usual")
         self._group, self._elementwise = group, elementwise
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.portion_bytes = max(1, bucket_bytes // self.ranks)

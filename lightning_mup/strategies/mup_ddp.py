@@ -50,7 +50,8 @@ class MupDDPStrategy(DDPStrategy):
     Args:
         elementwise: whether matrices under elementwise methods (Adam), whose steps are cheaper than to send them, are
             ``"divide"``-d for the sake of state, or ``"replicate"``-d.
-        exchange_mb: megabytes that all ranks together exchange at once (> 0).
+        exchange_mb: megabytes that all ranks together exchange at once (> 0); less overlaps better, more is computed
+            faster.
         checkpoint_io, cluster_environment, precision_plugin, process_group_backend, timeout, start_method: see
             Lightning's ``DDPStrategy``.
         ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper: see there; whatever makes gradients differ between ranks
@@ -75,7 +76,7 @@ class MupDDPStrategy(DDPStrategy):
         self,
         *,
         elementwise: Elementwise = "divide",
-        exchange_mb: float = 32.0,
+        exchange_mb: float = 128.0,
         checkpoint_io: CheckpointIO | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,

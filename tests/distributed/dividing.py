@@ -196,7 +196,7 @@ def optimizers(folder: Path, ranks: int) -> Result:
     found |= {f"{case}, uneven": alone(case, [*UNEVEN, *VECTORS]) for case in ("muon", "shampoo in blocks", "adam")}
     found |= {f"{case}, alike": alone(case, ALIKE) for case in ("adam", "muon", "shampoo", "soap in blocks")}
     found |= {f"{case}, few": alone(case, FEW) for case in ("muon", "shampoo")}
-    found |= {f"muon, {size} bytes": alone("muon", [*EVEN, *VECTORS], size) for size in (1, 2**25)}
+    found |= {f"muon, {size} bytes": alone("muon", [*EVEN, *VECTORS], size) for size in (1, 2**27)}
     found |= {f"not finite, {what}": not_finite(what) for what in ("raise", "skip")}
     found |= {"refusals": refusals(), "replicated": replicated()}
     destroy_process_group()
