@@ -185,7 +185,7 @@ class Ownership:
     Args:
         group: the process group; None for all ranks.
         elementwise: ``"divide"`` or ``"replicate"`` matrices under elementwise methods (Adam).
-        bucket_bytes: about what all ranks together exchange at once (> 0): less overlaps better, more is computed faster.
+        bucket_bytes: about what all ranks together exchange at once (> 0): less overlaps better, more steps faster.
         beside: the division of another optimizer of the same ranks, whose loads count too.
 
     Raises:
