@@ -393,6 +393,7 @@ def phase(name: str, ranks: int, work: Phase, folder: Path) -> list[int]:
 
 
 def main(folder: Path) -> None:
+    os.chdir(folder)  # CoordinateCheck writes a file
     codes = {}
     for name, ranks, work in PHASES:
         codes[name] = phase(name, ranks, work, folder)
@@ -402,4 +403,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).resolve())
