@@ -29,6 +29,7 @@ from lightning_mup.methods.sgd import SGD
 from lightning_mup.methods.shampoo import Shampoo
 from lightning_mup.methods.soap import SOAP
 from lightning_mup.run_log import RunLog
+from lightning_mup.strategies.mup_ddp import MupDDPStrategy
 
 __all__ = [
     "SGD",
@@ -47,6 +48,7 @@ __all__ = [
     "Layout",
     "Method",
     "Muon",
+    "MupDDPStrategy",
     "ParamPlan",
     "ParamSpec",
     "Parametrize",

@@ -33,6 +33,7 @@ from lightning_mup.core.multipliers import ForwardMultiplier, install_multiplier
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import Power
 from lightning_mup.core.scaling import Choices, Multipliers, RulesLike, Scaling, read
+from lightning_mup.strategies.mup_ddp import say_what_is_replicated
 
 
 class Parametrize(Callback):
@@ -168,6 +169,7 @@ class Parametrize(Callback):
         if self.plan is not None:
             rank_zero_info(f"\n{self.plan.table()}")
             self._say_clipping(trainer)
+            say_what_is_replicated(trainer)
             log_plan(trainer, self.plan)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

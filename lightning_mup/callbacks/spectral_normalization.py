@@ -18,7 +18,6 @@ from lightning_mup.core.grafted import Grafted
 from lightning_mup.core.infer import RoleLike, infer, shared_names
 from lightning_mup.core.method import Decay, Method
 from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
-from lightning_mup.core.optimizer import is_vector, portions
 from lightning_mup.core.own_decay import decay_of
 from lightning_mup.core.power import SPECTRAL
 from lightning_mup.core.registry import near
@@ -26,7 +25,7 @@ from lightning_mup.core.renormalize import Matrix, Renormalized
 from lightning_mup.core.scaling import check_guesses
 from lightning_mup.core.schedules import Group
 from lightning_mup.core.spec import ParamSpec, Role
-from lightning_mup.core.stack import Arrangement
+from lightning_mup.core.stack import Arrangement, is_vector, portions
 from lightning_mup.core.step_normalizer import StepNormalizer, parameters_of
 
 Readout = Literal["spectral", "rms", "keep"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mup.core.optimizer import StackedOptimizer, all_finite, norms_below
+from lightning_mup.core.finite import all_finite, norms_below
+from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.schedules import LR_AT_BASE, Group
 from lightning_mup.core.transform import SMALL
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_mup.core.transform import Context, State, Transform, part
+from lightning_mup.core.transform import ELEMENTWISE, Context, State, Transform, part, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,8 @@ class Graft:
         out_NOI = self.direction.update(u_NOI, part(state, "direction"), ctx)
         length_N11, own_N11 = (torch.linalg.matrix_norm(x, keepdim=True) for x in (length_NOI, out_NOI))
         return out_NOI.mul_(length_N11 / (own_N11 + self.eps))
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return both transforms' operations and those of the norms."""
+        both = sum(work_of(t, rows, columns) for t in (self.magnitude, self.direction))
+        return both + ELEMENTWISE * rows * columns

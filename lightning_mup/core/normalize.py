@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mup.core.linalg import check_stack, power_iteration, widened
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import ELEMENTWISE, Context, State
 
 _EPS = 1e-10  # as in the authors' code
 _WARMUP_ITERATIONS = 5
@@ -85,6 +85,10 @@ class SpectralNormalize:
         """Return the stack at spectral norm ``(fan_out/fan_in)^(1/2)``."""
         return u_NOI * self.factors(u_NOI, state, ctx)
 
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix, after the warm-up."""
+        return (4.0 * self.iterations * self.vectors + ELEMENTWISE) * rows * columns
+
 
 @dataclass(frozen=True, slots=True)
 class RmsNormalize:
@@ -128,6 +132,10 @@ class RmsNormalize:
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the stack at fixed root mean square."""
         return u_NOI * self.factors(u_NOI, state, ctx)
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix."""
+        return ELEMENTWISE * rows * columns
 
 
 def block_iteration(

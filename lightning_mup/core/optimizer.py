@@ -5,8 +5,7 @@ Shapes: N matrices of a stack, O outputs (rows), I inputs (columns).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_mup.core.graft import Graft
+from lightning_mup.core.chains import build_chain, full_precision
+from lightning_mup.core.finite import all_finite, norms_below
 from lightning_mup.core.method import Method, find_method
-from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
+from lightning_mup.core.ownership import Load, Ownership, Portion, Turn, defers_state
 from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, routes_of, settings_of
 from lightning_mup.core.spec import Role
-from lightning_mup.core.stack import Arrangement, Stack
-from lightning_mup.core.transform import SMALL, Chain, Context, Direct, Members, Rate, Transform
-
-_STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
+from lightning_mup.core.stack import STEP, Arrangement, Stack, is_vector, portions
+from lightning_mup.core.transform import SMALL, Context, Direct, Members, Rate, Transform
 
 
 class NonFiniteGradientError(ValueError):
@@ -83,6 +81,8 @@ class StackedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, method: str | Method, settings: Mapping[str, Any]) -> None:
         self._method = find_method(method)
         self._stacks: dict[int, tuple[list[int], list[Stack]]] = {}
+        self._ownership: Ownership | None = None
+        self._turns: list[Turn[Stack]] | None = None
         super().__init__(params, dict(settings))
 
     @property
@@ -124,6 +124,10 @@ class StackedOptimizer(Optimizer):
         build_chain(method, group)
         for name in routes_of(method, group).values():
             build_chain(self.find(name), settings_of(group, name))
+        if self._ownership is not None:
+            self._ownership.assign(self._loads(group))
+        elif defers_state():
+            return
         for stack in self._stacks_of(group):
             stack.adopt(self.state)
 
@@ -139,27 +143,40 @@ class StackedOptimizer(Optimizer):
         known, stacks = self._stacks.get(id(group), ([], []))
         if known != held or any(stack.moved for stack in stacks):
             stacks = self._stack(group)
-            self._stacks[id(group)] = held, stacks
+            self._stacks[id(group)], self._turns = (held, stacks), None
         return stacks
 
     def _stack(self, group: Group, device: str | None = None) -> list[Stack]:
-        parts: dict[tuple[object, ...], list[Tensor]] = {}
+        """Return the stacks of what this rank steps; on another device, for looking at, of everything."""
+        own = (None, self._ownership.rank if self._ownership else None)
+        return [
+            Stack(
+                portion.params,
+                [Arrangement.of(p, group) for p in portion.params],
+                portion.method,
+                self._chain(group, portion.method, portion.params[0]),
+                device,
+            )
+            for portion in self._cut(group)
+            if device is not None or portion.owner in own
+        ]
+
+    def _cut(self, group: Group) -> list[Portion]:
+        """Return what is one stack each, of all ranks."""
+        parts: dict[tuple[str, int | None], dict[tuple[object, ...], list[Tensor]]] = {}
         for p in group["params"]:
             if not p.numel():
                 continue
-            routed = self._routed(group, p)
             arrangement = Arrangement.of(p, group)
-            parts.setdefault((routed.name, arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
+            owner = self._ownership.owner(p) if self._ownership else None
+            alike = parts.setdefault((self._routed(group, p).name, owner), {})
+            alike.setdefault((arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
+        most = self._ownership.portion_bytes if self._ownership else None
         return [
-            Stack(
-                params,
-                [Arrangement.of(p, group) for p in params],
-                str(key[0]),
-                self._chain(group, str(key[0]), params[0]),
-                device,
-            )
-            for key, alike in parts.items()
-            for params in portions(alike)
+            Portion(method, owner, params)
+            for (method, owner), kinds in parts.items()
+            for alike in kinds.values()
+            for params in portions(alike, most)
         ]
 
     def _chain(self, group: Group, name: str, param: Tensor) -> Transform:
@@ -190,9 +207,11 @@ class StackedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         step, huge = self._look()
-        if step:
+        if step and self._ownership is None:
             for group in self.param_groups:
-                self._step_group(group, huge)
+                self._step_stacks(group, self._stacks_of(group), huge)
+        elif step:
+            self._step_divided(huge)
         return loss
 
     def _look(self) -> tuple[bool, bool]:
@@ -202,25 +221,33 @@ class StackedOptimizer(Optimizer):
                 f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
             )
         checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
-        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None]
-        if norms_below(SMALL, grads):
-            return True, False
-        if all_finite(grads):
-            return True, True
+        ours = self._ownership.holds if self._ownership else lambda p: True
+        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None and ours(p)]
+        small = norms_below(SMALL, grads)
+        finite = small or all_finite(grads)
+        if self._ownership is not None and checked:
+            small, finite = self._ownership.all_say(small, finite)
+        return (finite or self._refuse(checked)), not small
+
+    def _refuse(self, checked: Sequence[Group]) -> bool:
+        """Return False where the step is to be skipped."""
         bad = [(g, i) for g in checked for i, p in enumerate(g["params"]) if not all_finite([p.grad])]
-        if all(group["nonfinite"] == "skip" for group, _ in bad):
-            return False, False
-        group, i = bad[0]
-        name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {group.get('name', 0)}"
+        skip = all(group["nonfinite"] == "skip" for group in ([group for group, _ in bad] or checked))
+        if self._ownership is not None:
+            (skip,) = self._ownership.all_say(skip)
+        if skip:
+            return False
+        others = f" (and those of {len(bad) - 1} others)" if bad else ""
         raise NonFiniteGradientError(
-            f"the gradient of {name!r} is not finite (and those of {len(bad) - 1} others); nothing was changed. Look "
-            f"at the loss, clip, or give nonfinite='skip' to leave such steps out, nonfinite='ignore' not to look"
+            f"the gradient {f'of {_name_of(*bad[0])!r}' if bad else 'on another rank'} is not finite{others}; nothing "
+            f"was changed. Look at the loss, clip, or give nonfinite='skip' to leave such steps out, "
+            f"nonfinite='ignore' not to look"
         )
 
-    def _step_group(self, group: Group, huge: bool) -> None:
+    def _step_stacks(self, group: Group, stacks: Sequence[Stack], huge: bool) -> None:
         rate = Rate(group["lr"], decay_per_lr(group), group["weight_decay"] if group["decay"] == "l2" else 0.0)
         direct: dict[tuple[Direct, Context, torch.device, torch.dtype], Members] = {}
-        for stack in self._stacks_of(group):
+        for stack in stacks:
             stack.adopt(self.state)
             transform = self._chain(group, stack.method, stack.params[0])
             for members, step in stack.parts():
@@ -234,6 +261,70 @@ class StackedOptimizer(Optimizer):
         for (mover, ctx, *_), moved in direct.items():
             mover.move(moved, ctx, rate)
 
+    # -- division over ranks ----------------------------------------------------------------------------------------
+
+    def divide(self, ownership: Ownership) -> None:
+        """Keep the state of what this rank owns alone, step that alone, and exchange weights after every step.
+
+        All ranks call it, with equal parameters; from then on ``step``, ``add_param_group`` and ``whole_state_dict``
+        are to be called on all of them together, with gradients that are equal on all ranks. ``state_dict`` is that of
+        this rank; ``load_state_dict`` takes either.
+
+        Raises:
+            ValueError: it is divided already.
+        """
+        if self._ownership is not None:
+            raise ValueError(f"the optimizer is divided over {self._ownership.ranks} ranks already; divide it once")
+        ownership.assign([load for group in self.param_groups for load in self._loads(group)])
+        self._ownership, self._stacks = ownership, {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not ownership.holds(p):
+                    self.state.pop(p, None)
+            for stack in self._stacks_of(group):
+                stack.adopt(self.state)
+
+    def loads(self) -> list[Load]:
+        """Return what each parameter costs: its method's work on its shape, and its state."""
+        return [load for group in self.param_groups for load in self._loads(group)]
+
+    def _loads(self, group: Group) -> list[Load]:
+        return [
+            Load(p, work, sum(value.nbytes for key, value in stack.view(i).items() if key != STEP))
+            for stack in self._stack(group, device="meta")
+            for i, p in enumerate(stack.params)
+            for work in [stack.work_of(i, self._chain(group, stack.method, p)) if p.requires_grad else 0.0]
+        ]
+
+    def _step_divided(self, huge: bool) -> None:
+        assert self._ownership is not None
+        stacks = [self._stacks_of(group) for group in self.param_groups]
+        if self._turns is None:
+            cut = [(i, portion) for i, group in enumerate(self.param_groups) for portion in self._cut(group)]
+            self._turns = self._ownership.turns(cut, [stack for own in stacks for stack in own])
+        for turn in self._turns:
+            for i, own in turn.work.items():
+                self._step_stacks(self.param_groups[i], own, huge)
+            self._ownership.send(turn.params)
+        self._ownership.receive()
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """Return ``state_dict`` with the state of all ranks on the first, ``{}`` elsewhere; all ranks call it."""
+        found = self.state_dict()
+        if self._ownership is None:
+            return found
+        keys = {
+            p: key
+            for group, saved in zip(self.param_groups, found["param_groups"], strict=True)
+            for p, key in zip(group["params"], saved["params"], strict=True)
+        }
+        for group in self.param_groups:
+            for stack in self._stack(group, device="meta"):
+                for i, p in enumerate(stack.params):
+                    if (state := self._ownership.collect(p, stack.view(i), self.state.get(p))) is not None:
+                        found["state"][keys[p]] = state
+        return found if self._ownership.rank == 0 else {}
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,16 +334,18 @@ class StackedOptimizer(Optimizer):
             ValueError: the groups or the state's names do not fit.
         """
         handle = self.register_load_state_dict_pre_hook(lambda _, given: self._check_fits(given))
+        ours = [p for group in self.param_groups for p in group["params"]]
+        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
+        other = {key for p, key in zip(ours, theirs, strict=False) if self._ownership and not self._ownership.holds(p)}
+        given = {key: value for key, value in state_dict["state"].items() if key not in other}
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, "state": given})
         finally:
             handle.remove()
         # torch casts state to the parameter's dtype, which halves the digits of a bfloat16 parameter's.
-        ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
         for p, key in zip(ours, theirs, strict=True):
-            if key in state_dict["state"]:
-                self.state[p] = dict(state_dict["state"][key])
+            if key in given:
+                self.state[p] = dict(given[key])
         self._stacks = {}
         for group in self.param_groups:
             for stack in self._stacks_of(group):
@@ -272,106 +365,29 @@ class StackedOptimizer(Optimizer):
                 stack.check({p: given["state"].get(keys[id(p)]) for p in stack.params})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a copy takes along."""
+        """Return what a pickle or a copy takes along.
+
+        Raises:
+            TypeError: the optimizer is divided, so that others have parts of its state.
+        """
+        if self._ownership is not None:
+            raise TypeError(
+                f"this {type(self).__name__} has a part of the state of {self._ownership.ranks} ranks and cannot be "
+                f"copied; load what its whole_state_dict() returns into a fresh one"
+            )
         return {**super().__getstate__(), "_method": self._method}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come back from a pickle or a copy: stacks are made anew around the state."""
+        """Come back from a pickle or a copy, or take a checkpoint's state: stacks are made anew around it."""
         super().__setstate__(state)
-        self._stacks = {}
+        self._stacks, self._turns = {}, None
+        self.__dict__.setdefault("_ownership", None)
 
 
-def portions(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut parameters of one shape into stacks of a size that a CPU's cache, or spare memory elsewhere, can hold."""
-    entries = _STACK_ENTRIES["cpu" if params[0].device.type == "cpu" else "accelerator"]
-    most = max(1, entries // params[0].numel())
-    for start in range(0, len(params), most):
-        yield list(params[start : start + most])
-
-
-def build_chain(method: Method, settings: Mapping[str, Any], *, vector: bool = False) -> Transform:
-    """Return a method's transform under settings, with grafting and normalization around it.
-
-    Raises:
-        ValueError: the method has no chain, hence is none of this package's.
-
-    Examples:
-        >>> method = find_method("muon")
-        >>> [
-        ...     t.name
-        ...     for t in build_chain(method, {**method.defaults, "graft": "adam", "spectral_norm": True}).transforms
-        ... ]
-        ['graft', 'spectral_normalize']
-    """
-    core = _chain_of(method, settings)
-    parts = core.transforms if isinstance(core, Chain) else (core,)
-    if donor := settings.get("graft"):
-        magnitude = _chain_of(find_method(donor), method.donor_settings(settings))
-        parts = (Graft(magnitude=magnitude, direction=core, eps=settings["graft_eps"]),)
-    if settings.get("spectral_norm") and not vector:
-        # A looked-up row is a matrix of its own, 1 x width, whose spectral norm is its length.
-        parts = (*parts, RmsNormalize() if settings.get("lookup") else SpectralNormalize())
-    return Chain(parts)
-
-
-def _chain_of(method: Method, settings: Mapping[str, Any]) -> Transform:
-    if method.chain is None:
-        raise ValueError(
-            f"method {method.name!r} is declared for another optimizer class and has no chain; give chain="
-        )
-    # A pair comes as a list out of YAML and out of some checkpoints; transforms are compared and hashed.
-    return method.chain({key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "params"})
-
-
-def is_vector(param: Tensor) -> bool:
-    """Whether a parameter has no matrix shape."""
-    return param.dim() < 2
-
-
-def all_finite(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all entries are finite, with one wait for the device.
-
-    Examples:
-        >>> all_finite([torch.ones(2)]), all_finite([torch.ones(2), torch.tensor([float("nan")])])
-        (True, False)
-    """
-    return norms_below(float("inf"), tensors, order=float("inf"))
-
-
-def norms_below(bound: float, tensors: Sequence[Tensor | None], order: float = 2.0) -> bool:
-    """Whether each tensor's norm is a number below a bound; on a CPU, order 2 is 40 times as fast as order infinity.
-
-    Examples:
-        >>> norms_below(5.0, [torch.ones(4), None]), norms_below(5.0, [torch.full((4,), 3.0)])
-        (True, False)
-    """
-    present = [t for t in tensors if t is not None and t.numel()]
-    if not present:
-        return True
-    dtypes = {t.dtype for t in present}
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    norms = torch._foreach_norm(present, ord=order, dtype=None if dtypes == {wide} else wide)
-    return bool((torch.stack([norm.to(present[0].device) for norm in norms]) < bound).all())
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute without autocast and TF32 inside: roots and factors lose their digits in either, whatever the model uses.
-
-    Examples:
-        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
-        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-        torch.float32
-    """
-    before = torch.get_float32_matmul_precision()
-    try:
-        if before != "highest":
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+def _name_of(group: Group, index: int) -> str:
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    return f"parameter {index} of group {group.get('name', 0)}"
 
 
 def _apply(params: list[Tensor], updates: list[Tensor], rate: Rate) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_mup.core.chains import full_precision
 from lightning_mup.core.linalg import widened
 from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
-from lightning_mup.core.optimizer import full_precision
 from lightning_mup.core.stack import Arrangement
 from lightning_mup.core.transform import Context, State
 

@@ -110,7 +110,8 @@ def check_values(group: Group) -> None:
         if isinstance(p, DTensor):
             raise TypeError(
                 f"{group['method']} needs whole matrices, got a DTensor of shape {tuple(p.shape)} placed as "
-                f"{p.placements}; use DDP, or one of torch's optimizers, whose rules are declared, too"
+                f"{p.placements}; use DDP (strategy='mup_ddp' divides state and steps over ranks), or one of torch's "
+                f"optimizers, whose rules are declared, too"
             )
     _warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"]))
 

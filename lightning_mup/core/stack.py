@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mup.core.transform import Chain, Context, Direct, Members, State, Transform, part
+from lightning_mup.core.transform import Chain, Context, Direct, Members, State, Transform, part, work_of
 
 STEP = "step"
+_STACK_ENTRIES = {"cpu": 2**18, "accelerator": 2**26}  # at 4 bytes each, 1 MB and 256 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,15 @@ class Stack:
             if found := state.get(p):
                 _check(found, views, self.method)
 
+    def view(self, i: int) -> Mapping[str, Tensor]:
+        """Return one parameter's part of the state."""
+        return self._views[i]
+
+    def work_of(self, i: int, transform: Transform) -> float:
+        """Return a transform's operations per step for one parameter."""
+        arrangement = self.arrangements[i]
+        return arrangement.count * work_of(transform, arrangement.rows, arrangement.columns)
+
     def parts(self) -> Iterator[tuple[list[int], int]]:
         """Return the parameters that have a gradient, by the number of the step that they are about to take."""
         steps = [int(step) + 1 for step in self._steps.tolist()]
@@ -217,6 +227,21 @@ class Stack:
             like_matrix = part.shape[1:] == (arrangement.rows, arrangement.columns)
             views[key] = _in_place(arrangement, part) if like_matrix else part.squeeze(0) if len(part) == 1 else part
         return views
+
+
+def portions(params: Sequence[Tensor], most_bytes: int | None = None) -> Iterator[list[Tensor]]:
+    """Cut parameters of one shape into stacks of a size that a CPU's cache, or spare memory elsewhere, can hold."""
+    entries = _STACK_ENTRIES["cpu" if params[0].device.type == "cpu" else "accelerator"]
+    if most_bytes is not None:
+        entries = min(entries, most_bytes // params[0].element_size())
+    most = max(1, entries // params[0].numel())
+    for start in range(0, len(params), most):
+        yield list(params[start : start + most])
+
+
+def is_vector(param: Tensor) -> bool:
+    """Whether a parameter has no matrix shape."""
+    return param.dim() < 2
 
 
 def _in_place(arrangement: Arrangement, part: Tensor) -> Tensor:

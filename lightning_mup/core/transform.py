@@ -91,6 +91,44 @@ class Direct(Protocol):
         ...
 
 
+ELEMENTWISE = 16.0
+"""Operations per entry that count for a pass over a few tensors, which waits for memory rather than for arithmetic."""
+EIGH, QR = 16.0, 8.0  # operations per side cubed that take as long: float32, sides 128 to 512, one core of a CPU
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A transform that says how much it computes, by which matrices are divided over ranks."""
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix, rare ones on average."""
+        ...
+
+
+def work_of(transform: Transform, rows: int, columns: int) -> float:
+    """Return a transform's operations per step for one matrix; one that does not say is taken for Newton-Schulz.
+
+    Examples:
+        >>> from lightning_mup.transforms.momentum import Momentum
+        >>> work_of(Momentum(), 4, 2)
+        128.0
+    """
+    if isinstance(transform, Priced):
+        return transform.work(rows, columns)
+    return 5 * product_work(rows, columns)
+
+
+def product_work(rows: int, columns: int) -> float:
+    """Return the operations of one Newton-Schulz step: ``X X^T``, its square, and one product with X.
+
+    Examples:
+        >>> product_work(4, 2)
+        80.0
+    """
+    side, other = sorted((rows, columns))
+    return 4.0 * side**2 * other + 2.0 * side**3
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """Transforms one after the other; each one's state is found under its own name."""
@@ -107,6 +145,10 @@ class Chain:
         for transform in self.transforms:
             u_NOI = transform.update(u_NOI, part(state, transform.name), ctx)
         return u_NOI
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the transforms' operations together."""
+        return sum(work_of(t, rows, columns) for t in self.transforms)
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mup.core.optimizer import full_precision
+from lightning_mup.core.chains import full_precision
 from lightning_mup.core.registry import near
 
 Norm = Literal["frobenius", "spectral"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.adam import adam
 
-from lightning_mup.core.transform import Context, Members, Rate, State
+from lightning_mup.core.transform import ELEMENTWISE, Context, Members, Rate, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,10 @@ class Adam:
         out_NOI = torch.zeros_like(u_NOI)
         self.move([(out_NOI, u_NOI, state)], ctx, Rate(lr=-1.0, decay=0.0, l2=0.0))
         return out_NOI
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix."""
+        return ELEMENTWISE * rows * columns
 
     @property
     def moves(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.sgd import sgd
 
-from lightning_mup.core.transform import Context, Members, Rate, State
+from lightning_mup.core.transform import ELEMENTWISE, Context, Members, Rate, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,10 @@ class Momentum:
         if self.debias:
             return mixed_NOI / (1 - self.beta**ctx.step)
         return mixed_NOI if self.nesterov else mixed_NOI.clone()
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix."""
+        return ELEMENTWISE * rows * columns
 
     @property
     def moves(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import ELEMENTWISE, Context, State
 
 _ALIGN_EPS = 1e-10  # as in the authors' code
 
@@ -57,3 +57,7 @@ class NormalizeEntries:
         size = self.rms * (out_NOI.shape[-2] * out_NOI.shape[-1]) ** 0.5
         norm_N11 = torch.linalg.matrix_norm(out_NOI, keepdim=True)
         return out_NOI.mul_(size / (norm_N11 + _ALIGN_EPS))
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix."""
+        return ELEMENTWISE * rows * columns

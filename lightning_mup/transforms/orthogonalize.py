@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mup.core.linalg import newton_schulz
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import ELEMENTWISE, Context, State, product_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,7 @@ class Orthogonalize:
     def update(self, u_NOI: torch.Tensor, state: State, ctx: Context) -> torch.Tensor:
         """Return the orthogonalized stack."""
         return newton_schulz(u_NOI, steps=self.steps, eps=self.eps, dtype=self.dtype)
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix."""
+        return self.steps * product_work(rows, columns) + ELEMENTWISE * rows * columns

@@ -10,7 +10,7 @@ import torch
 from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.eigen import check_root, inverse_root
 from lightning_mup.core.linalg import add_symmetric_product
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import EIGH, ELEMENTWISE, Context, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,13 @@ class Shampoo:
         if "in" in roots:
             out_NBPQ = out_NBPQ @ roots["in"]
         return blocking.merge(out_NBPQ) * (1 / (1 - self.betas[0] ** ctx.step))
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix: factors and products at each, roots at every ``every``-th."""
+        blocking = Blocking(rows, columns, self.block_size, self.max_dim)
+        (p, q), blocks = blocking.block, blocking.count[0] * blocking.count[1]
+        each = sum(4.0 * p * q * side + (EIGH + 2) * side**3 / self.every for side in blocking.sides.values())
+        return blocks * each + ELEMENTWISE * rows * columns
 
     @property
     def _exponents(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.eigen import eigenbasis, qr_step
 from lightning_mup.core.registry import near
-from lightning_mup.core.transform import Context, State
+from lightning_mup.core.transform import ELEMENTWISE, QR, Context, State
 from lightning_mup.transforms.shampoo import add_second_moment
 
 _RELATIVE_FLOOR = 1e-10  # as in the authors' code
@@ -105,6 +105,14 @@ class Soap:
         root_NBPQ += self.eps * relative
         out_NBPQ = torch.div(m_NBPQ, root_NBPQ, out=root_NBPQ).mul_((1 - beta2**t) ** 0.5 / (1 - beta1**t))
         return blocking.merge(_turn_back(out_NBPQ, state))
+
+    def work(self, rows: int, columns: int) -> float:
+        """Return the operations per step for one matrix: factors and turns at each, a basis at every ``every``-th."""
+        blocking = Blocking(rows, columns, self.block_size, self.max_dim)
+        (p, q), blocks = blocking.block, blocking.count[0] * blocking.count[1]
+        turns = 8.0 if self.every == 1 else 6.0  # of the factor, the gradient, the update, and the momentum where kept
+        each = sum(turns * p * q * side + (QR + 2) * side**3 / self.every for side in blocking.sides.values())
+        return blocks * each + ELEMENTWISE * rows * columns
 
     def _renew(self, state: State, sides: list[str], step: int) -> None:
         momentum = _turn_back(state["m_turned"], state) if "m_turned" in state else None

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lightning_mup.transforms as home
+from lightning_mup.core.chains import build_chain
 from lightning_mup.core.graft import Graft
 from lightning_mup.core.method import all_methods
 from lightning_mup.core.normalize import RmsNormalize, SpectralNormalize
-from lightning_mup.core.optimizer import build_chain
 from lightning_mup.core.transform import Chain, Context, State, Transform
 from lightning_mup.transforms.adam import Adam
 from lightning_mup.transforms.momentum import Momentum

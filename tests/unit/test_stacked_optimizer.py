@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_mup import SGD, SOAP, Adam, AdaMuon, AdamW, Muon, Shampoo, StackedOptimizer
-from lightning_mup.core.optimizer import _STACK_ENTRIES
-from lightning_mup.core.stack import Stack
+from lightning_mup.core.stack import _STACK_ENTRIES, Stack
 from lightning_mup.core.transform import Chain, Transform
 from tests.models import generator
 from tests.unit.stacked import (
