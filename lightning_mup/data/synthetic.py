@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_mup.data.files import TokenWriter
 from lightning_mup.data.source import Files, cache_folder, is_prepared, key_of, pair
 
+_MOST = 4096
 _CHAINS = 64  # that run side by side, one after another in the file
 
 
@@ -22,7 +23,7 @@ class MarkovChain:
     Which tokens these are is drawn once for each token. There are no documents.
 
     Args:
-        vocab_size: number of tokens (>= 2).
+        vocab_size: number of tokens (2 to 4096).
         tokens: training tokens (>= 64).
         val_tokens: validation tokens (>= 64), of the same chain.
         exponent: of Zipf's law (>= 0); 0 makes every successor as likely.
@@ -49,6 +50,11 @@ class MarkovChain:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if self.vocab_size > _MOST:
+            raise ValueError(
+                f"vocab_size must be at most {_MOST}, got {self.vocab_size}: the chain has a table of its square; take "
+                f"data=embedded, whose bytes any larger vocabulary covers"
+            )
 
     @property
     def entropy(self) -> float:
