@@ -369,5 +369,5 @@ def test_shards_must_match(tmp_path: Path) -> None:
 
 
 def test_a_chain_of_a_large_vocabulary_is_refused_before_its_table_is_made() -> None:
-    with pytest.raises(ValueError, match="vocab_size must be at most 4096, got 50257: .* take data=embedded"):
+    with pytest.raises(ValueError, match=r"vocab_size must be at most 4096, got 50257: .* take data=embedded"):
         MarkovChain(vocab_size=50_257)
