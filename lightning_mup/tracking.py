@@ -129,9 +129,13 @@ def close(loggers: Iterable[Logger]) -> None:
     Examples:
         >>> close([])
     """
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is not None:
-            logger._experiment.finish()
+    ended = [logger for logger in loggers if isinstance(logger, WandbLogger) and logger._experiment is not None]
+    for logger in ended:
+        logger.experiment.finish()
+    if ended:
+        import wandb
+
+        wandb.teardown()  # offline, finish() returns before the file is written, which a short run may never be
 
 
 def _has_account(host: str) -> bool:

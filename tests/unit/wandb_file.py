@@ -27,7 +27,7 @@ class Offline:
     exited: bool = False
 
 
-def read_offline(folder: Path, patience: float = 60.0) -> Offline:
+def read_offline(folder: Path, patience: float = 20.0) -> Offline:
     """Return what the one ended offline run below a folder holds; W&B may still be writing it for a moment."""
     end = time.monotonic() + patience
     found = Offline()
