@@ -132,7 +132,7 @@ def close(loggers: Iterable[Logger]) -> None:
     ended = [logger for logger in loggers if isinstance(logger, WandbLogger) and logger._experiment is not None]
     for logger in ended:
         logger.experiment.finish()
-    if ended:
+    if any(logger._offline for logger in ended):
         import wandb
 
         wandb.teardown()  # offline, finish() returns before the file is written, which a short run may never be

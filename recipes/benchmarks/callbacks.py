@@ -10,23 +10,12 @@ from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_mup as mup
-from recipes.any_lightning_module.tiny_lm import TinyLM, text
+from recipes.any_lightning_module import TinyLM
 from recipes.benchmarks.interleaved import Clock, Comparison
 
 WIDTH, DEPTH = 512, 3  # 9.8 million parameters
-BATCH = 32  # of 64 bytes: as many tokens a step as conf/data has
-
-
-class Batches(TinyLM):
-    """The model, with batches of a size of our own."""
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Serve windows of the standard library's source."""
-        return DataLoader(TensorDataset(text()), batch_size=BATCH)
 
 
 class Second(L.Callback):
@@ -44,7 +33,7 @@ class Second(L.Callback):
 # Each is built anew for every run; what is alone needs no plan, so the base is the model itself.
 CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
     "none": list,
-    "Parametrize": lambda: [mup.Parametrize(lambda: Batches(64, DEPTH))],
+    "Parametrize": lambda: [mup.Parametrize(lambda: TinyLM(64, DEPTH))],
     "WeightDecay": lambda: [mup.WeightDecay(1e-4, base="self")],
     "SpectralNormalization": lambda: [mup.SpectralNormalization(warmup_steps=0)],
     "a second optimizer's step alone": lambda: [Second()],
@@ -65,7 +54,7 @@ def train(name: str, steps: int) -> list[float]:
         enable_model_summary=False,
         callbacks=[*CALLBACKS[name](), clock],
     )
-    trainer.fit(Batches(WIDTH, DEPTH))
+    trainer.fit(TinyLM(WIDTH, DEPTH))
     return clock.times
 
 
@@ -75,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name="callbacks",
         title=f"AdamW, transformer of width {WIDTH}, depth {DEPTH}",
         ways={name: functools.partial(train, name) for name in CALLBACKS},
-        facts={"width": WIDTH, "depth": DEPTH, "batch": BATCH},
+        facts={"width": WIDTH, "depth": DEPTH},
     ).main(__doc__, arguments)
 
 
