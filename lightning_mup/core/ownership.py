@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mup.core.packing import bytes_of, pack, row_size, row_views
 from lightning_mup.core.registry import near
 from lightning_mup.core.transform import ELEMENTWISE
 
 Elementwise = Literal["divide", "replicate"]
 """What to do about matrices whose steps are cheaper than to send them: keep less state, or send less."""
 _CHEAP = 4 * ELEMENTWISE  # operations per entry, of up to four elementwise passes
-_ALIGNMENT = 16  # bytes, at which any dtype may start
 _PADDING = 1.25  # an all-gather sends as much for each rank; beyond this factor, broadcasts send less
 _STACK = TypeVar("_STACK")
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -247,7 +247,7 @@ class Ownership:
         own = iter(stacks)
         stepped = [next(own) if portion.owner in (None, self.rank) else None for _, portion in cut]
         ranked = [[i for i, (_, portion) in enumerate(cut) if portion.owner == rank] for rank in range(self.ranks)]
-        queues = [self._queue([(i, _size(cut[i][1].params)[1]) for i in mine]) for mine in ranked]
+        queues = [self._queue([(i, row_size(cut[i][1].params)[1]) for i in mine]) for mine in ranked]
         found: list[Turn[_STACK]] = []
         for k in range(max(map(len, queues))):
             parts = [queue[k] if k < len(queue) else [] for queue in queues]
@@ -279,7 +279,7 @@ class Ownership:
         """Start to exchange what each rank has stepped, after what was sent before has arrived."""
         self._arrive()
         start = time.perf_counter()
-        sizes = [_size(own)[1] for own in params]
+        sizes = [row_size(own)[1] for own in params]
         if any(sizes):
             even = max(sizes) * self.ranks <= _PADDING * sum(sizes)
             self._flight = (self._gather if even else self._broadcast)(params, sizes)
@@ -298,13 +298,13 @@ class Ownership:
         for handle in flight.handles:
             handle.wait()
         for params, buffer in flight.arriving:
-            torch._foreach_copy_(list(params), _views(buffer, params))
+            torch._foreach_copy_(list(params), row_views(buffer, params))
         self.traffic.seconds += time.perf_counter() - start
 
     def _gather(self, params: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> _Flight:
         most = max(sizes)
         buffer = torch.empty(self.ranks, most, dtype=torch.uint8, device=self._device)
-        _pack(buffer[self.rank], params[self.rank])
+        pack(buffer[self.rank], params[self.rank])
         handle = _all_gather(buffer.view(-1), buffer[self.rank], group=self._group, async_op=True)
         others = [(list(own), buffer[r]) for r, own in enumerate(params) if r != self.rank and own]
         return _Flight([handle], others)
@@ -314,11 +314,11 @@ class Ownership:
         for rank, own in enumerate(params):
             if not own:
                 continue
-            buffer = _bytes_of(own)
+            buffer = bytes_of(own)
             if buffer is None:
                 buffer = torch.empty(sizes[rank], dtype=torch.uint8, device=self._device)
                 if rank == self.rank:
-                    _pack(buffer, own)
+                    pack(buffer, own)
                 else:
                     arriving.append((list(own), buffer))
             handles.append(dist.broadcast(buffer, group_src=rank, group=self._group, async_op=True))
@@ -338,14 +338,14 @@ class Ownership:
         if not owner or self.rank not in (0, owner):
             return None
         empty = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in like.values()]
-        buffer = torch.empty(_size(empty)[1], dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(row_size(empty)[1], dtype=torch.uint8, device=self._device)
         if self.rank == owner:
             assert state is not None
-            _pack(buffer, [state[key] for key in like])
+            pack(buffer, [state[key] for key in like])
             dist.send(buffer, group_dst=0, group=self._group)
             return None
         dist.recv(buffer, group_src=owner, group=self._group)
-        return {key: view.clone() for key, view in zip(like, _views(buffer.cpu(), empty), strict=True)}
+        return {key: view.clone() for key, view in zip(like, row_views(buffer.cpu(), empty), strict=True)}
 
 
 def _by_group(
@@ -356,31 +356,3 @@ def _by_group(
         if (stack := stepped[i]) is not None:
             found.setdefault(cut[i][0], []).append(stack)
     return found
-
-
-def _size(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Return where each tensor starts in a row of them, and how many bytes the row takes."""
-    starts, end = [], 0
-    for x in tensors:
-        starts.append(end)
-        end += -(-x.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return starts, end
-
-
-def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts of a row of bytes that stand for tensors."""
-    starts, _ = _size(tensors)
-    return [
-        buffer[start : start + x.nbytes].view(x.dtype).view(x.shape) for start, x in zip(starts, tensors, strict=True)
-    ]
-
-
-def _pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(_views(buffer, tensors), list(tensors))
-
-
-def _bytes_of(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return the memory of a lone contiguous tensor, into which it can be sent without a copy."""
-    alone = len(tensors) == 1 and tensors[0].is_contiguous()
-    return tensors[0].detach().view(-1).view(torch.uint8) if alone else None
