@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all entries are finite, with one wait for the device.
+    """Whether all entries are finite, of sharded tensors those of this rank, with one wait for the device.
 
     Examples:
         >>> all_finite([torch.ones(2)]), all_finite([torch.ones(2), torch.tensor([float("nan")])])
@@ -25,7 +26,8 @@ def norms_below(bound: float, tensors: Sequence[Tensor | None], order: float = 2
         >>> norms_below(5.0, [torch.ones(4), None]), norms_below(5.0, [torch.full((4,), 3.0)])
         (True, False)
     """
-    present = [t for t in tensors if t is not None and t.numel()]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    present = [t for t in local if t is not None and t.numel()]
     if not present:
         return True
     dtypes = {t.dtype for t in present}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -18,9 +19,10 @@ from lightning_mup.core.finite import all_finite, norms_below
 from lightning_mup.core.method import Method, find_method
 from lightning_mup.core.ownership import Load, Ownership, Portion, Turn, defers_state
 from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, routes_of, settings_of
+from lightning_mup.core.sharding import ShardedOwnership
 from lightning_mup.core.spec import Role
 from lightning_mup.core.stack import STEP, Arrangement, Stack, is_vector, portions
-from lightning_mup.core.transform import SMALL, Context, Direct, Members, Rate, Transform
+from lightning_mup.core.transform import SMALL, Context, Direct, Members, Rate, Transform, is_elementwise, move
 
 
 class NonFiniteGradientError(ValueError):
@@ -124,10 +126,12 @@ class StackedOptimizer(Optimizer):
         build_chain(method, group)
         for name in routes_of(method, group).values():
             build_chain(self.find(name), settings_of(group, name))
+        if defers_state() and self._ownership is None:
+            return
+        if self._ownership is None and any(isinstance(p, DTensor) for p in group["params"]):
+            self._ownership = ShardedOwnership()
         if self._ownership is not None:
             self._ownership.assign(self._loads(group))
-        elif defers_state():
-            return
         for stack in self._stacks_of(group):
             stack.adopt(self.state)
 
@@ -139,35 +143,43 @@ class StackedOptimizer(Optimizer):
 
     def _stacks_of(self, group: Group) -> list[Stack]:
         """Return the stacks of a group; they are made anew where its parameters are others, or moved elsewhere."""
-        held = [id(p) for p in group["params"]]
+        held = [id(self._held(p)) for p in group["params"]]
         known, stacks = self._stacks.get(id(group), ([], []))
         if known != held or any(stack.moved for stack in stacks):
             stacks = self._stack(group)
             self._stacks[id(group)], self._turns = (held, stacks), None
         return stacks
 
-    def _stack(self, group: Group, device: str | None = None) -> list[Stack]:
-        """Return the stacks of what this rank steps; on another device, for looking at, of everything."""
+    def _held(self, param: Tensor) -> Tensor:
+        return param if self._ownership is None else self._ownership.held(param)
+
+    def _stack(self, group: Group, *, whole: bool = False) -> list[Stack]:
+        """Return the stacks of what this rank steps; or the whole of everything, for looking at, without memory."""
         own = (None, self._ownership.rank if self._ownership else None)
         return [
             Stack(
-                portion.params,
-                [Arrangement.of(p, group) for p in portion.params],
+                [p if whole else self._held(p) for p in portion.params],
+                [self._arranged(p, group, whole=whole) for p in portion.params],
                 portion.method,
                 self._chain(group, portion.method, portion.params[0]),
-                device,
+                device="meta" if whole else None,
+                keys=portion.params,
             )
-            for portion in self._cut(group)
-            if device is not None or portion.owner in own
+            for portion in self._cut(group, whole=whole)
+            if whole or portion.owner in own
         ]
 
-    def _cut(self, group: Group) -> list[Portion]:
+    def _arranged(self, param: Tensor, group: Group, *, whole: bool) -> Arrangement:
+        held = param if whole else self._held(param)
+        return Arrangement.of(held, group) if held.shape == param.shape else Arrangement.flat(held.shape)
+
+    def _cut(self, group: Group, *, whole: bool = False) -> list[Portion]:
         """Return what is one stack each, of all ranks."""
         parts: dict[tuple[str, int | None], dict[tuple[object, ...], list[Tensor]]] = {}
         for p in group["params"]:
             if not p.numel():
                 continue
-            arrangement = Arrangement.of(p, group)
+            arrangement = self._arranged(p, group, whole=whole)
             owner = self._ownership.owner(p) if self._ownership else None
             alike = parts.setdefault((self._routed(group, p).name, owner), {})
             alike.setdefault((arrangement.rows, arrangement.columns, p.dtype, p.device), []).append(p)
@@ -209,7 +221,7 @@ class StackedOptimizer(Optimizer):
         step, huge = self._look()
         if step and self._ownership is None:
             for group in self.param_groups:
-                self._step_stacks(group, self._stacks_of(group), huge)
+                self._step_stacks(group, self._stacks_of(group), _rate(group), huge)
         elif step:
             self._step_divided(huge)
         return loss
@@ -221,7 +233,7 @@ class StackedOptimizer(Optimizer):
                 f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
             )
         checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
-        ours = self._ownership.holds if self._ownership else lambda p: True
+        ours = self._ownership.looks_at if self._ownership else lambda p: True
         grads = [p.grad for g in checked for p in g["params"] if p.grad is not None and ours(p)]
         small = norms_below(SMALL, grads)
         finite = small or all_finite(grads)
@@ -244,20 +256,20 @@ class StackedOptimizer(Optimizer):
             f"nonfinite='ignore' not to look"
         )
 
-    def _step_stacks(self, group: Group, stacks: Sequence[Stack], huge: bool) -> None:
-        rate = Rate(group["lr"], decay_per_lr(group), group["weight_decay"] if group["decay"] == "l2" else 0.0)
+    def _step_stacks(self, group: Group, stacks: Sequence[Stack], rate: Rate, huge: bool) -> None:
+        step = move if self._ownership is None else self._ownership.move
         direct: dict[tuple[Direct, Context, torch.device, torch.dtype], Members] = {}
         for stack in stacks:
             stack.adopt(self.state)
             transform = self._chain(group, stack.method, stack.params[0])
-            for members, step in stack.parts():
-                ctx = Context(step, huge)
+            for members, number in stack.parts():
+                ctx = Context(number, huge)
                 if found := stack.to_move(transform, members, ctx):
                     direct.setdefault((found[0], ctx, stack.device, stack.dtype), []).extend(found[1])
                     continue
                 with full_precision(stack.device):
                     u_NOI = stack.run(transform, members, ctx, rate.l2)
-                _apply([stack.params[i] for i in members], stack.split(u_NOI, members), rate)
+                step([stack.params[i] for i in members], stack.split(u_NOI, members), rate)
         for (mover, ctx, *_), moved in direct.items():
             mover.move(moved, ctx, rate)
 
@@ -290,10 +302,15 @@ class StackedOptimizer(Optimizer):
 
     def _loads(self, group: Group) -> list[Load]:
         return [
-            Load(p, work, sum(value.nbytes for key, value in stack.view(i).items() if key != STEP))
-            for stack in self._stack(group, device="meta")
+            Load(
+                p,
+                stack.work_of(i, chain) if p.requires_grad else 0.0,
+                sum(value.nbytes for key, value in stack.view(i).items() if key != STEP),
+                is_elementwise(chain),
+            )
+            for stack in self._stack(group, whole=True)
             for i, p in enumerate(stack.params)
-            for work in [stack.work_of(i, self._chain(group, stack.method, p)) if p.requires_grad else 0.0]
+            for chain in [self._chain(group, stack.method, p)]
         ]
 
     def _step_divided(self, huge: bool) -> None:
@@ -302,24 +319,21 @@ class StackedOptimizer(Optimizer):
         if self._turns is None:
             cut = [(i, portion) for i, group in enumerate(self.param_groups) for portion in self._cut(group)]
             self._turns = self._ownership.turns(cut, [stack for own in stacks for stack in own])
-        for turn in self._turns:
+        rates = [_rate(group) for group in self.param_groups]
+        for turn in self._ownership.brought(self._turns, rates):
             for i, own in turn.work.items():
-                self._step_stacks(self.param_groups[i], own, huge)
-            self._ownership.send(turn.params)
+                self._step_stacks(self.param_groups[i], own, rates[i], huge)
+            self._ownership.send(turn)
         self._ownership.receive()
 
     def whole_state_dict(self) -> dict[str, Any]:
         """Return ``state_dict`` with the state of all ranks on the first, ``{}`` elsewhere; all ranks call it."""
-        found = self.state_dict()
+        found = super().state_dict()
         if self._ownership is None:
             return found
-        keys = {
-            p: key
-            for group, saved in zip(self.param_groups, found["param_groups"], strict=True)
-            for p, key in zip(group["params"], saved["params"], strict=True)
-        }
+        keys = self._keys(found)
         for group in self.param_groups:
-            for stack in self._stack(group, device="meta"):
+            for stack in self._stack(group, whole=True):
                 for i, p in enumerate(stack.params):
                     if (state := self._ownership.collect(p, stack.view(i), self.state.get(p))) is not None:
                         found["state"][keys[p]] = state
@@ -327,33 +341,60 @@ class StackedOptimizer(Optimizer):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's dictionary; of divided optimizers with this rank's state, parts of which are DTensors."""
+        found = super().state_dict()
+        if self._ownership is not None:
+            for p, key in self._keys(found).items():
+                if key in found["state"]:
+                    found["state"][key] = self._ownership.outward(p, found["state"][key])
+        return found
+
+    def _keys(self, saved: Mapping[str, Any]) -> dict[Tensor, Any]:
+        """Return by parameter what stands for it in a checkpoint."""
+        pairs = zip(self.param_groups, saved["param_groups"], strict=True)
+        return {p: key for ours, theirs in pairs for p, key in zip(ours["params"], theirs["params"], strict=True)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, whatever it was stacked with, at full precision.
 
         Raises:
             ValueError: the groups or the state's names do not fit.
         """
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: self._check_fits(given))
-        ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
-        other = {key for p, key in zip(ours, theirs, strict=False) if self._ownership and not self._ownership.holds(p)}
-        given = {key: value for key, value in state_dict["state"].items() if key not in other}
+        own: dict[str, Any] = {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
+            own.update(self._own(given))
+            return own or None
+
+        handle = self.register_load_state_dict_pre_hook(take)
         try:
-            super().load_state_dict({**state_dict, "state": given})
+            super().load_state_dict(state_dict)
         finally:
             handle.remove()
         # torch casts state to the parameter's dtype, which halves the digits of a bfloat16 parameter's.
-        for p, key in zip(ours, theirs, strict=True):
-            if key in given:
-                self.state[p] = dict(given[key])
+        for p, key in self._keys(state_dict).items():
+            if key in own["state"]:
+                self.state[p] = dict(own["state"][key])
         self._stacks = {}
         for group in self.param_groups:
             for stack in self._stacks_of(group):
                 stack.adopt(self.state)
 
-    def _check_fits(self, given: Mapping[str, Any]) -> None:
+    def _own(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what this rank takes of a checkpoint that fits; nothing of one of other groups, as torch will say."""
         if [len(g["params"]) for g in given["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch says so
+            return {}
+        self._check_fits(given)
+        state = dict(given["state"])
+        if self._ownership is not None:
+            keys = self._keys(given)
+            held = {p: key for p, key in keys.items() if key in state and self._ownership.holds(p)}
+            state = {key: value for key, value in state.items() if key not in keys.values()}
+            state |= {key: self._ownership.inward(p, given["state"][key]) for p, key in held.items()}
+        return {**given, "state": state}
+
+    def _check_fits(self, given: Mapping[str, Any]) -> None:
         for group, saved in zip(self.param_groups, given["param_groups"], strict=True):
             if saved.get("method") != group["method"]:
                 raise ValueError(
@@ -361,7 +402,7 @@ class StackedOptimizer(Optimizer):
                     f"optimizer's of {group['method']!r}; load it into the optimizer that it was saved from"
                 )
             keys = dict(zip(map(id, group["params"]), saved["params"], strict=True))
-            for stack in self._stack({**saved, "params": group["params"]}, device="meta"):  # takes no memory
+            for stack in self._stack({**saved, "params": group["params"]}, whole=True):
                 stack.check({p: given["state"].get(keys[id(p)]) for p in stack.params})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -390,11 +431,5 @@ def _name_of(group: Group, index: int) -> str:
     return f"parameter {index} of group {group.get('name', 0)}"
 
 
-def _apply(params: list[Tensor], updates: list[Tensor], rate: Rate) -> None:
-    if rate.decay:
-        torch._foreach_add_(updates, params, alpha=rate.decay)
-    if isinstance(rate.lr, Tensor):
-        torch._foreach_mul_(updates, rate.lr)
-        torch._foreach_sub_(params, updates)
-    else:
-        torch._foreach_add_(params, updates, alpha=-rate.lr)
+def _rate(group: Group) -> Rate:
+    return Rate(group["lr"], decay_per_lr(group), group["weight_decay"] if group["decay"] == "l2" else 0.0)

@@ -1,7 +1,7 @@
 """Which rank owns which parameters: it alone keeps their state, and takes their steps; then all get their weights.
 
-The only module of core that knows ranks. Everything here follows from shapes, settings and order, hence is the same on
-every rank without being sent.
+Everything here follows from shapes, settings and order, hence is the same on every rank without being sent. Parameters
+that are sharded, too, are :mod:`lightning_mup.core.sharding`'s.
 
 Bytes per step and rank, for P bytes of matrices over R ranks under DDP, beside the 2 P (R - 1) / R of the gradients'
 all-reduce: weights P (R - 1) / R received, one all-gather per turn; state P_state / R kept. So replicated training
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_mup.core.packing import bytes_of, pack, row_size, row_views
 from lightning_mup.core.registry import near
-from lightning_mup.core.transform import ELEMENTWISE
+from lightning_mup.core.transform import ELEMENTWISE, Rate, move
 
 Elementwise = Literal["divide", "replicate"]
 """What to do about matrices whose steps are cheaper than to send them: keep less state, or send less."""
@@ -42,11 +42,13 @@ class Load(NamedTuple):
         param: the parameter.
         work: operations per step.
         state_bytes: size of its state.
+        elementwise: whether any part of it can be stepped alone.
     """
 
     param: Tensor
     work: float
     state_bytes: int
+    elementwise: bool = False
 
     @property
     def is_cheap(self) -> bool:
@@ -75,10 +77,12 @@ class Turn(Generic[_STACK]):
     Args:
         work: stacks by index of their group.
         params: by rank, what it sends.
+        groups: by rank, the indices of their groups.
     """
 
     work: dict[int, list[_STACK]]
     params: list[list[Tensor]]
+    groups: list[list[int]]
 
 
 @dataclass(slots=True)
@@ -223,11 +227,14 @@ class Ownership:
 
     def assign(self, loads: Sequence[Load]) -> None:
         """Give parameters to ranks, beside what these have."""
-        divided = [load for load in loads if not is_shared(load, self._elementwise)]
+        divided = [load for load in loads if self._divides(load)]
         owners = assign(divided, self.loads)
         self._owners |= {load.param: owner for load, owner in zip(divided, owners, strict=True)}
         if loads:
             self._device = loads[0].param.device
+
+    def _divides(self, load: Load) -> bool:
+        return not is_shared(load, self._elementwise)
 
     def owner(self, param: Tensor) -> int | None:
         """Return the rank that steps a parameter; None where all do."""
@@ -236,6 +243,14 @@ class Ownership:
     def holds(self, param: Tensor) -> bool:
         """Whether this rank steps a parameter."""
         return self._owners.get(param, self.rank) == self.rank
+
+    def looks_at(self, param: Tensor) -> bool:
+        """Whether this rank is to see that a parameter's gradient is finite."""
+        return self.holds(param)
+
+    def held(self, param: Tensor) -> Tensor:
+        """Return what this rank has in a parameter's place where it steps it."""
+        return param
 
     def turns(self, cut: Sequence[tuple[int, Portion]], stacks: Sequence[_STACK]) -> list[Turn[_STACK]]:
         """Return what is stepped and sent turn by turn; what all ranks step comes last, while the last part travels.
@@ -252,9 +267,10 @@ class Ownership:
         for k in range(max(map(len, queues))):
             parts = [queue[k] if k < len(queue) else [] for queue in queues]
             params = [[p for i in part for p in cut[i][1].params] for part in parts]
-            found.append(Turn(_by_group(cut, parts[self.rank], stepped), params))
+            groups = [[cut[i][0] for i in part for _ in cut[i][1].params] for part in parts]
+            found.append(Turn(_by_group(cut, parts[self.rank], stepped), params, groups))
         shared = [i for i, (_, portion) in enumerate(cut) if portion.owner is None]
-        return [*found, Turn(_by_group(cut, shared, stepped), [])]
+        return [*found, Turn(_by_group(cut, shared, stepped), [], [])]
 
     def _queue(self, portions: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Cut one rank's portions, (index, bytes) each, into turns; the largest first, as on every rank."""
@@ -275,10 +291,18 @@ class Ownership:
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self._group)
         return [bool(fact) for fact in said.tolist()]
 
-    def send(self, params: Sequence[Sequence[Tensor]]) -> None:
+    def brought(self, turns: Sequence[Turn[_STACK]], rates: Sequence[Rate]) -> Iterator[Turn[_STACK]]:
+        """Return each turn when the gradients that this rank needs for it are there: here, at once."""
+        yield from turns
+
+    def move(self, params: list[Tensor], updates: list[Tensor], rate: Rate) -> None:
+        """Step what this rank has in the parameters' places."""
+        move(params, updates, rate)
+
+    def send(self, turn: Turn[_STACK]) -> None:
         """Start to exchange what each rank has stepped, after what was sent before has arrived."""
         self._arrive()
-        start = time.perf_counter()
+        start, params = time.perf_counter(), turn.params
         sizes = [row_size(own)[1] for own in params]
         if any(sizes):
             even = max(sizes) * self.ranks <= _PADDING * sum(sizes)
@@ -346,6 +370,14 @@ class Ownership:
             return None
         dist.recv(buffer, group_src=owner, group=self._group)
         return {key: view.clone() for key, view in zip(like, row_views(buffer.cpu(), empty), strict=True)}
+
+    def outward(self, param: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a parameter's state as others are to see it."""
+        return state
+
+    def inward(self, param: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return of a parameter's state, saved here or by any number of ranks, what this rank has."""
+        return state
 
 
 def _by_group(

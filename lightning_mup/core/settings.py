@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from torch.distributed.tensor import DTensor
-
 from lightning_mup.core.layout import as_role
 from lightning_mup.core.method import Decay, Method, find_method
 from lightning_mup.core.registry import near
@@ -92,7 +90,7 @@ def check_values(group: Group) -> None:
 
     Raises:
         ValueError: a setting is out of range.
-        TypeError: a parameter is not of a floating-point dtype, or sharded.
+        TypeError: a parameter is not of a floating-point dtype.
     """
     for key, allowed in (("decay", get_args(Decay)), ("nonfinite", get_args(NonFinite))):
         if group[key] not in allowed:
@@ -107,12 +105,6 @@ def check_values(group: Group) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"parameters must be of a floating-point dtype, got {p.dtype}; leave such ones out")
-        if isinstance(p, DTensor):
-            raise TypeError(
-                f"{group['method']} needs whole matrices, got a DTensor of shape {tuple(p.shape)} placed as "
-                f"{p.placements}; use DDP (strategy='mup_ddp' divides state and steps over ranks), or one of torch's "
-                f"optimizers, whose rules are declared, too"
-            )
     _warn_about_decay(group["weight_decay"], group["decay"], float(group["lr"]))
 
 

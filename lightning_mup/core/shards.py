@@ -56,6 +56,18 @@ class Piece(NamedTuple):
         return whole
 
 
+def pieces_of(params: Sequence[DTensor], group: dist.ProcessGroup | None = None) -> list[list[Piece]]:
+    """Return what every rank of a group holds of each parameter; all of them call this together.
+
+    Args:
+        params: the parameters, in one order on all ranks.
+        group: the ranks; None for all.
+    """
+    found: list[list[Piece]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(found, [Piece.local(p) for p in params], group=group)
+    return [list(pieces) for pieces in zip(*found, strict=True)]
+
+
 class Pending(Generic[_RESULT]):
     """What is on its way.
 
@@ -75,32 +87,37 @@ class Pending(Generic[_RESULT]):
 
 
 class Shards:
-    """How the parts of some sharded parameters reach their owners, and how results come back to all parts.
+    """How the parts of some sharded tensors reach their owners, and how results come back to all parts.
 
     Any mesh will do: one axis, replicas of shards (HSDP), shards along several axes (with tensor parallelism), uneven
     and empty parts. Of replicas, an owner asks the one among whose ranks it is itself.
 
     Args:
-        params: the parameters, equal on all ranks of the group; all of them call this together.
+        pieces: of each parameter, what every rank of the group holds; see :func:`pieces_of`.
+        shapes: of the whole parameters.
         owners: rank within the group that is to have each whole one.
-        group: ranks among which parts lie, those of the mesh; None for all.
+        device: where parts and wholes are.
+        group: ranks among which parts lie; None for all.
 
     Raises:
-        ValueError: a placement is partial, or the parts do not make up a whole.
+        ValueError: parts do not make up a whole.
     """
 
     def __init__(
-        self, params: Sequence[DTensor], owners: Sequence[int], group: dist.ProcessGroup | None = None
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        shapes: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._group, self._rank, self._ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self._device = params[0].device if params else torch.device("cpu")
-        self._owners, self._shapes = list(owners), [tuple(p.shape) for p in params]
-        found: list[list[Piece]] = [[] for _ in range(self._ranks)]
-        dist.all_gather_object(found, [Piece.local(p) for p in params], group=group)
-        self._pieces = [list(pieces) for pieces in zip(*found, strict=True)]  # [parameter][rank]
+        self._device, self._owners, self._shapes = device, list(owners), [tuple(shape) for shape in shapes]
+        self._pieces = [list(held) for held in pieces]
+        self.received = 0  # bytes that the last exchange brings from other ranks
         self._sources = [
-            _sources(pieces, owner, shape)
-            for pieces, owner, shape in zip(self._pieces, self._owners, self._shapes, strict=True)
+            _sources(held, owner, shape)
+            for held, owner, shape in zip(self._pieces, self._owners, self._shapes, strict=True)
         ]
 
     def gather(self, parts: Sequence[Tensor]) -> Pending[list[Tensor | None]]:
@@ -115,7 +132,7 @@ class Shards:
         ]
         own = [i for i, owner in enumerate(self._owners) if owner == self._rank]
         wanted = [
-            [_like(parts[i], self._pieces[i][source].shape) for i in own if source in self._sources[i]]
+            [_like(parts[i].dtype, self._pieces[i][source].shape) for i in own if source in self._sources[i]]
             for source in range(self._ranks)
         ]
 
@@ -128,19 +145,19 @@ class Shards:
 
         return self._exchange(sent, wanted, whole)
 
-    def scatter(self, wholes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Pending[list[Tensor]]:
+    def scatter(self, wholes: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> Pending[list[Tensor]]:
         """Bring each part of whole tensors to every rank that holds it.
 
         Args:
             wholes: the whole tensors that this rank owns, None for the others.
-            like: tensors of the parts' dtypes, on the parts' device.
+            dtypes: of each, on all ranks.
         """
         sent = [
             [self._pieces[i][to].of(whole) for i, whole in enumerate(wholes) if whole is not None]
             for to in range(self._ranks)
         ]
         of_owner = [[i for i, owner in enumerate(self._owners) if owner == r] for r in range(self._ranks)]
-        wanted = [[_like(like[i], self._pieces[i][self._rank].shape) for i in mine] for mine in of_owner]
+        wanted = [[_like(dtypes[i], self._pieces[i][self._rank].shape) for i in mine] for mine in of_owner]
 
         def parts(arrived: list[list[Tensor]]) -> list[Tensor]:
             found = {
@@ -148,7 +165,7 @@ class Shards:
                 for mine, views in zip(of_owner, arrived, strict=True)
                 for i, view in zip(mine, views, strict=True)
             }
-            return [found[i] for i in range(len(like))]
+            return [found[i] for i in range(len(dtypes))]
 
         return self._exchange(sent, wanted, parts)
 
@@ -160,6 +177,7 @@ class Shards:
     ) -> Pending[_RESULT]:
         """Send rows of tensors by rank, and make a result of those that arrive by rank."""
         out, into = ([row_size(row)[1] for row in rows] for rows in (sent, wanted))
+        self.received = sum(into) - into[self._rank]
         leaving, arriving = (torch.empty(sum(sizes), dtype=torch.uint8, device=self._device) for sizes in (out, into))
         for buffer, row in zip(torch.split(leaving, out), sent, strict=True):
             pack(buffer, row)
@@ -172,8 +190,8 @@ class Shards:
         )
 
 
-def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device="meta")
+def _like(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _sources(pieces: Sequence[Piece], owner: int, shape: tuple[int, ...]) -> set[int]:

@@ -49,7 +49,7 @@ class Arrangement:
         """
         shape = tuple(param.shape)
         if len(shape) < 2:
-            return cls(shape, tuple(range(len(shape))), ())
+            return cls.flat(shape)
         axes, split = settings.get("axes"), int(settings.get("split") or 1)
         out, summed = ((0,), tuple(range(1, len(shape)))) if axes is None else (tuple(axes[0]), tuple(axes[1]))
         used = (*out, *summed)
@@ -60,6 +60,11 @@ class Arrangement:
                 f"axes are counted from 0 and given once, and the rows must divide by split"
             )
         return cls(shape, out, summed, split)
+
+    @classmethod
+    def flat(cls, shape: Sequence[int]) -> Arrangement:
+        """Return the arrangement of a part of a parameter, whose entries belong to no matrix that is here."""
+        return cls(tuple(shape), tuple(range(len(shape))), ())
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -101,11 +106,12 @@ class Stack:
     """Parameters whose matrices have one shape, and their state in one tensor per name.
 
     Args:
-        params: the parameters.
+        params: what is stepped.
         arrangements: how each is matrices; all of one shape.
         method: name of the method that moves them.
         transform: makes the state.
         device: where the state is, if not with the parameters.
+        keys: the parameters as the optimizer knows them, if not those that are stepped.
     """
 
     def __init__(
@@ -115,8 +121,10 @@ class Stack:
         method: str,
         transform: Transform,
         device: str | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> None:
         self.params, self.arrangements, self.method = list(params), list(arrangements), method
+        self.keys = list(keys or params)
         self.device, self.dtype = torch.device(device or params[0].device), params[0].dtype
         self._work = torch.promote_types(self.dtype, torch.float32)
         ends = torch.tensor([a.count for a in arrangements]).cumsum(0).tolist()
@@ -139,7 +147,7 @@ class Stack:
         Raises:
             ValueError: other names or shapes stand there: the state is another method's.
         """
-        for p, views in zip(self.params, self._views, strict=True):
+        for p, views in zip(self.keys, self._views, strict=True):
             found = state.get(p)
             if found and all(found.get(key) is view for key, view in views.items()):
                 continue
@@ -153,7 +161,7 @@ class Stack:
         Raises:
             ValueError: it has others: it is another method's.
         """
-        for p, views in zip(self.params, self._views, strict=True):
+        for p, views in zip(self.keys, self._views, strict=True):
             if found := state.get(p):
                 _check(found, views, self.method)
 

@@ -73,6 +73,24 @@ class Rate:
     l2: float
 
 
+def move(params: list[torch.Tensor], updates: list[torch.Tensor], rate: Rate) -> None:
+    """Step some parameters, ``W <- W - lr (U + decay W)``; the updates are overwritten.
+
+    Examples:
+        >>> w = torch.ones(2)
+        >>> move([w], [torch.tensor([1.0, 0.0])], Rate(lr=0.5, decay=0.1, l2=0.0))
+        >>> w
+        tensor([0.4500, 0.9500])
+    """
+    if rate.decay:
+        torch._foreach_add_(updates, params, alpha=rate.decay)
+    if isinstance(rate.lr, torch.Tensor):
+        torch._foreach_mul_(updates, rate.lr)
+        torch._foreach_sub_(params, updates)
+    else:
+        torch._foreach_add_(params, updates, alpha=-rate.lr)
+
+
 Members = list[tuple[torch.Tensor, torch.Tensor, State]]
 """Parameters, each with its gradient and its part of a transform's state."""
 
@@ -127,6 +145,21 @@ def product_work(rows: int, columns: int) -> float:
     """
     side, other = sorted((rows, columns))
     return 4.0 * side**2 * other + 2.0 * side**3
+
+
+def is_elementwise(transform: Transform) -> bool:
+    """Whether each entry's update depends on that entry's gradients alone, so that any part can be stepped alone.
+
+    Transforms say so by a true ``elementwise``; those that say nothing need whole matrices.
+
+    Examples:
+        >>> from lightning_mup.transforms.momentum import Momentum
+        >>> from lightning_mup.transforms.orthogonalize import Orthogonalize
+        >>> is_elementwise(Momentum()), is_elementwise(chain(Momentum(), Orthogonalize()))
+        (True, False)
+    """
+    parts = transform.transforms if isinstance(transform, Chain) else (transform,)
+    return all(getattr(part, "elementwise", False) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

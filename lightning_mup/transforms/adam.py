@@ -58,6 +58,11 @@ class Adam:
         self.move([(out_NOI, u_NOI, state)], ctx, Rate(lr=-1.0, decay=0.0, l2=0.0))
         return out_NOI
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each entry goes its own way: always."""
+        return True
+
     def work(self, rows: int, columns: int) -> float:
         """Return the operations per step for one matrix."""
         return ELEMENTWISE * rows * columns

@@ -60,6 +60,11 @@ class Momentum:
             return mixed_NOI / (1 - self.beta**ctx.step)
         return mixed_NOI if self.nesterov else mixed_NOI.clone()
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each entry goes its own way: always."""
+        return True
+
     def work(self, rows: int, columns: int) -> float:
         """Return the operations per step for one matrix."""
         return ELEMENTWISE * rows * columns

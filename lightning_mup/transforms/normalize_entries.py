@@ -58,6 +58,11 @@ class NormalizeEntries:
         norm_N11 = torch.linalg.matrix_norm(out_NOI, keepdim=True)
         return out_NOI.mul_(size / (norm_N11 + _ALIGN_EPS))
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each entry goes its own way: where no matrix is brought to a size."""
+        return self.rms is None
+
     def work(self, rows: int, columns: int) -> float:
         """Return the operations per step for one matrix."""
         return ELEMENTWISE * rows * columns

@@ -15,7 +15,7 @@ from torch.distributed import destroy_process_group, get_rank, init_process_grou
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from lightning_mup.core.shards import Shards
+from lightning_mup.core.shards import Shards, pieces_of
 from tests.distributed.dividing import Result, phase
 from tests.models import generator
 
@@ -44,9 +44,9 @@ def through(shape: tuple[int, ...], placements: tuple[Placement, ...]) -> Result
     sharded = [distribute_tensor(x, mesh, placements) for x in wholes()]
     assert all(isinstance(x, DTensor) for x in sharded)
     locals_ = [x.to_local() for x in sharded]
-    shards = Shards(sharded, owners())
+    shards = Shards(pieces_of(sharded), SHAPES, owners(), torch.device("cpu"))
     gathered = shards.gather(locals_).wait()
-    scattered = shards.scatter([x if x is None else x * 2 for x in gathered], locals_).wait()
+    scattered = shards.scatter([x if x is None else x * 2 for x in gathered], [x.dtype for x in locals_]).wait()
     return {"gathered": gathered, "scattered": [x.clone() for x in scattered], "locals": locals_}
 
 
