@@ -30,6 +30,7 @@ from lightning_mup.methods.shampoo import Shampoo
 from lightning_mup.methods.soap import SOAP
 from lightning_mup.run_log import RunLog
 from lightning_mup.strategies.mup_ddp import MupDDPStrategy
+from lightning_mup.strategies.mup_fsdp import MupFSDPStrategy
 
 __all__ = [
     "SGD",
@@ -49,6 +50,7 @@ __all__ = [
     "Method",
     "Muon",
     "MupDDPStrategy",
+    "MupFSDPStrategy",
     "ParamPlan",
     "ParamSpec",
     "Parametrize",

@@ -15,9 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mup.core.grafted import Grafted
-from lightning_mup.core.optimizer import StackedOptimizer
 from lightning_mup.core.ownership import Elementwise, Ownership, Traffic, assign, deferred_state, is_shared
+from lightning_mup.strategies.division import divide, stacked_in, whole_state
 
 _MB = 2**20
 
@@ -121,22 +120,16 @@ class MupDDPStrategy(DDPStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the optimizers without state, and divide them; their state is then made where it belongs."""
-        self.traffic, ownership = None, None
+        self.traffic = None
         with deferred_state() if self.world_size > 1 else contextlib.nullcontext():
             super().setup_optimizers(trainer)
         if self.world_size == 1:
             return
-        for optimizer in [part for whole in self.optimizers for part in stacked_in(whole)]:
-            ownership = Ownership(
-                elementwise=self.elementwise, bucket_bytes=max(1, int(self.exchange_mb * _MB)), beside=ownership
-            )
-            optimizer.divide(ownership)
-        if ownership is None:
-            kinds = [type(optimizer).__name__ for optimizer in self.optimizers]
-            rank_zero_info(f"mup_ddp divides this package's optimizers; {kinds} run as under ddp.")
-            return
-        self.traffic = ownership.traffic
-        rank_zero_info(_shares(ownership))
+        self.traffic = divide("mup_ddp", self.optimizers, self._ownership)
+
+    def _ownership(self, beside: Ownership | None) -> Ownership:
+        size = max(1, int(self.exchange_mb * _MB))
+        return Ownership(elementwise=self.elementwise, bucket_bytes=size, beside=beside)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return an optimizer's whole state on the first rank, {} elsewhere; all ranks call it."""
@@ -164,32 +157,6 @@ class MupDDPStrategy(DDPStrategy):
                 )
 
 
-def stacked_in(optimizer: Optimizer) -> list[StackedOptimizer]:
-    """Return the optimizers of this package in one: itself, or parts of a graft.
-
-    Examples:
-        >>> import torch
-        >>> stacked_in(torch.optim.SGD([torch.ones(1)], lr=0.1))
-        []
-    """
-    parts = [optimizer.direction, optimizer.magnitude] if isinstance(optimizer, Grafted) else [optimizer]
-    return [part for part in parts if isinstance(part, StackedOptimizer)]
-
-
-def whole_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state of all ranks on the first, as one process has it, {} elsewhere; all ranks call it.
-
-    Examples:
-        >>> import torch
-        >>> sorted(whole_state(torch.optim.SGD([torch.ones(1)], lr=0.1)))
-        ['param_groups', 'state']
-    """
-    if isinstance(optimizer, Grafted):
-        sides = {"direction": optimizer.direction, "magnitude": optimizer.magnitude}
-        return {**optimizer.state_dict(), **{side: whole_state(part) for side, part in sides.items()}}
-    return optimizer.whole_state_dict() if isinstance(optimizer, StackedOptimizer) else optimizer.state_dict()
-
-
 def say_what_is_replicated(trainer: Trainer) -> None:
     """Say, under plain DDP over several ranks, what dividing this package's optimizers would save.
 
@@ -211,16 +178,6 @@ def say_what_is_replicated(trainer: Trainer) -> None:
         f"Every one of the {ranks} ranks keeps {size / 1e6:.3g} MB of optimizer state and computes all steps; "
         f"strategy='mup_ddp' would leave each at most {max(size for _, size in each) / 1e6:.3g} MB and "
         f"{share:.0%} of the work, for sending the weights once a step."
-    )
-
-
-def _shares(ownership: Ownership) -> str:
-    work, size = (sum(values) for values in zip(*ownership.loads, strict=True))
-    most_work, most_size = (max(values) for values in zip(*ownership.loads, strict=True))
-    share = most_work / work if work else 0.0
-    return (
-        f"mup_ddp divides {size / 1e6:.3g} MB of optimizer state over {ownership.ranks} ranks: at most "
-        f"{most_size / 1e6:.3g} MB and {share:.0%} of the work on one."
     )
 
 
