@@ -29,8 +29,8 @@ from torch import nn
 
 from lightning_mup.budget import budget_steps, count, training_flops
 from lightning_mup.callbacks.record_run import RESULT, RUN, RecordRun, Status
+from lightning_mup.core.finite import NonFiniteGradientError
 from lightning_mup.core.method import find_method
-from lightning_mup.core.optimizer import NonFiniteGradientError
 from lightning_mup.core.plan import Plan
 from lightning_mup.core.registry import near
 from lightning_mup.core.scaling import Choices, plan

@@ -55,7 +55,7 @@ def refuse_companions(trainer: Trainer, kind: type[Callback], *, what: str, once
         if isinstance(trainer.strategy, strategy):
             raise ValueError(
                 f"{kind.__name__} cannot run under {type(trainer.strategy).__name__}: it {reason}; use "
-                f"ModelParallelStrategy (FSDP2, with fully_shard in configure_model) or DDP"
+                f"strategy='mup_fsdp' (FSDP2, HSDP) or 'mup_ddp'"
             )
     refuse_second(trainer, kind, once)
 
@@ -117,7 +117,7 @@ def refuse_meta(trainer: Trainer, module: LightningModule) -> None:
     if name is not None and not isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
             f"{name!r} is on the meta device, and {type(trainer.strategy).__name__} does not materialize parameters; "
-            f"build the module without torch.device('meta'), or use ModelParallelStrategy"
+            f"build the module without torch.device('meta'), or use strategy='mup_fsdp'"
         )
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mup.core.finite import all_finite, norms_below
 from lightning_mup.core.optimizer import StackedOptimizer
+from lightning_mup.core.parts import holds_on_all, local
 from lightning_mup.core.schedules import LR_AT_BASE, Group
 from lightning_mup.core.transform import SMALL
 
@@ -122,7 +122,7 @@ class DecayStep:
             factor = self._factor(share)
             for p in share.params if factor != 1 else ():
                 if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype, factor), []).append(_local(p))
+                    alike.setdefault((p.device, p.dtype, factor), []).append(local(p))
         for (_, _, factor), params in alike.items():
             torch._foreach_mul_(params, factor)
 
@@ -179,7 +179,7 @@ def _shares(optimizer: Optimizer, rates: Mapping[int, float]) -> list[Share]:
 
 
 def will_update(optimizer: Optimizer) -> bool:
-    """Whether the step that is about to be taken changes anything.
+    """Whether the step that is about to be taken changes anything; of sharded parameters, on any rank.
 
     Examples:
         >>> will_update(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
@@ -194,9 +194,6 @@ def will_update(optimizer: Optimizer) -> bool:
     if not isinstance(optimizer, StackedOptimizer):
         return True
     looked_at = [group for group in optimizer.param_groups if group["nonfinite"] != "ignore"]
-    grads = [p.grad for group in looked_at for p in group["params"]]
-    return norms_below(SMALL, grads) or all_finite(grads)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    params = [p for group in looked_at for p in group["params"]]
+    grads = [p.grad for p in params]
+    return holds_on_all(norms_below(SMALL, grads) or all_finite(grads), params)

@@ -1,6 +1,8 @@
 """The parts of a graft: two optimizers' steps from the same weights, taken within the parameters themselves.
 
-Shapes: N matrices of a parameter, B blocks of each, of P rows and Q columns.
+Of sharded parameters, each rank works on its part; only norms are those of all parts together.
+
+Shapes: N matrices of a parameter, A x B blocks of each; L rows and C columns of this rank's part, in as many matrices.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from lightning_mup.core.blocking import Blocking
 from lightning_mup.core.linalg import widened
 from lightning_mup.core.method import all_methods
 from lightning_mup.core.own_decay import without_decay
+from lightning_mup.core.parts import local, norms_of_wholes, piece_of
 from lightning_mup.core.schedules import Group
+from lightning_mup.core.shards import Piece
 from lightning_mup.core.stack import Arrangement
 
 
 class Blocks:
-    """How a parameter is cut into what has one length.
+    """How this rank's part of a parameter is cut into what has one length.
 
     Args:
         param: the parameter.
@@ -35,28 +39,41 @@ class Blocks:
     """
 
     def __init__(self, param: Tensor, group: Group, block_size: int | None) -> None:
-        self._arrangement = Arrangement.of(param, group)
-        self._blocking = Blocking(self._arrangement.rows, self._arrangement.columns, block_size)
+        whole, piece = Arrangement.of(param, group), piece_of(param)
+        blocking = Blocking(whole.rows, whole.columns, block_size)
+        (p, q), (a, b) = blocking.block, blocking.count
         low = torch.promote_types(param.dtype, torch.float32) != param.dtype
-        self.plain = not low and self._arrangement.count == 1 and self._blocking.count == (1, 1)
+        self.plain = not low and whole.count == 1 and (a, b) == (1, 1)
+        self._part = Arrangement(piece.shape, whole.out, whole.summed)
+        # The row and the column of blocks that each of the part's own is in; rows of all matrices follow each other.
+        row_L = _indices(piece, whole.shape, (*whole.stacked, *whole.out))
+        block_L = row_L // whole.rows * a + row_L % whole.rows // p
+        block_C = _indices(piece, whole.shape, whole.summed) // q
+        self._size, self._widths = (whole.count * a, b), torch.bincount(block_C, minlength=b).tolist()
+        self._block_L, self._block_C = block_L.to(param.device), block_C.to(param.device)
 
     def norms(self, x: Tensor) -> Tensor:
-        """Return the norms [N, B, 1, 1] of a step."""
-        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
-        norm_NB11: Tensor = torch.linalg.vector_norm(x_NBPQ, dim=(2, 3), keepdim=True)
-        return norm_NB11
+        """Return the norms [N A, B] of a step's part, 0 where it has nothing of a block."""
+        x_LC = widened(self._flat(x))
+        cut = torch.split(x_LC, self._widths, dim=1)
+        norm_LB = torch.stack([torch.linalg.vector_norm(x_LQ, dim=1) for x_LQ in cut], dim=1)
+        # In float64, which Apple's GPUs lack, squares do not vanish, and in any order have the same sum.
+        square_LB = norm_LB.to(torch.float32 if x.device.type == "mps" else torch.float64).square()
+        return square_LB.new_zeros(self._size).index_add_(0, self._block_L, square_LB).sqrt().to(x_LC.dtype)
 
-    def scaled(self, x: Tensor, factor_NB11: Tensor) -> Tensor:
-        """Return a step with its blocks multiplied."""
-        x_NBPQ = self._blocking.cut(self._arrangement.take(widened(x)))
-        return self._arrangement.give(self._blocking.merge(x_NBPQ * factor_NB11))
+    def scaled(self, x: Tensor, factor_AB: Tensor) -> Tensor:
+        """Return a step's part with its blocks multiplied by [N A, B]."""
+        return self._part.give(widened(self._flat(x)) * factor_AB[self._block_L][:, self._block_C])
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return self._part.take(x).flatten(0, 1)
 
 
 class Place(NamedTuple):
-    """Where a parameter was, and how it is cut.
+    """Where this rank's part of a parameter was, and how it is cut.
 
     Args:
-        before: a copy of the parameter.
+        before: a copy of the part.
         blocks: its blocks.
     """
 
@@ -90,15 +107,15 @@ def move(optimizer: Optimizer, params: Sequence[Tensor], places: Places) -> list
     own = [p for p in params if p in held]
     if not own:
         return []
-    blind = _is_blind(type(optimizer))
+    blind, parts = _is_blind(type(optimizer)), [local(p) for p in own]
     if blind:
-        torch._foreach_zero_(own)
+        torch._foreach_zero_(parts)
     else:
         put_back(own, places)
     with without_decay(optimizer.param_groups):
         optimizer.step()
     if not blind:
-        torch._foreach_sub_(own, [places[p].before for p in own])
+        torch._foreach_sub_(parts, [places[p].before for p in own])
     return own
 
 
@@ -112,11 +129,11 @@ def put_back(params: Sequence[Tensor], places: Places) -> None:
         tensor([1.])
     """
     if params:
-        torch._foreach_copy_(list(params), [places[p].before for p in params])
+        torch._foreach_copy_([local(p) for p in params], [places[p].before for p in params])
 
 
 def norms_of(params: Sequence[Tensor], places: Places) -> dict[Tensor, Tensor]:
-    """Return the norms [N, B, 1, 1] of what parameters hold.
+    """Return the norms [N A, B] of what parameters hold, on all ranks together.
 
     Examples:
         >>> step = torch.tensor([3.0, 4.0])
@@ -124,8 +141,9 @@ def norms_of(params: Sequence[Tensor], places: Places) -> dict[Tensor, Tensor]:
         tensor([5.])
     """
     plain = [p for p in params if places[p].blocks.plain]
-    found = dict(zip(plain, torch._foreach_norm(plain) if plain else [], strict=True))
-    return {p: found[p].view(1, 1, 1, 1) if p in found else places[p].blocks.norms(p) for p in params}
+    found = dict(zip(plain, torch._foreach_norm([local(p) for p in plain]) if plain else [], strict=True))
+    parts = {p: found[p].view(1, 1) if p in found else places[p].blocks.norms(local(p)) for p in params}
+    return norms_of_wholes(parts)
 
 
 def combine(params: Sequence[Tensor], places: Places, factors: Mapping[Tensor, Tensor], *, kept: float) -> None:
@@ -134,7 +152,7 @@ def combine(params: Sequence[Tensor], places: Places, factors: Mapping[Tensor, T
     Args:
         params: the parameters.
         places: copies of them.
-        factors: [N, B, 1, 1] by parameter; without one, it is 1.
+        factors: [N A, B] by parameter; without one, it is 1.
         kept: what decay leaves of the weights, in [0, 1].
 
     Examples:
@@ -145,12 +163,21 @@ def combine(params: Sequence[Tensor], places: Places, factors: Mapping[Tensor, T
     """
     cut = [p for p in params if p in factors and not places[p].blocks.plain]
     for p in cut:
-        p.copy_(places[p].blocks.scaled(p, factors[p]).add_(places[p].before, alpha=kept))
+        local(p).copy_(places[p].blocks.scaled(local(p), factors[p]).add_(places[p].before, alpha=kept))
     if whole := [p for p in params if p in factors and places[p].blocks.plain]:
-        torch._foreach_mul_(whole, [factors[p].view(()) for p in whole])
+        torch._foreach_mul_([local(p) for p in whole], [factors[p].view(()) for p in whole])
     done = set(cut)
     if added := [p for p in params if p not in done]:
-        torch._foreach_add_(added, [places[p].before for p in added], alpha=kept)
+        torch._foreach_add_([local(p) for p in added], [places[p].before for p in added], alpha=kept)
+
+
+def _indices(piece: Piece, shape: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """Return the positions of a part's entries along some axes of the whole, taken as one axis."""
+    found = torch.zeros(1, dtype=torch.int64)
+    for axis in axes:
+        along = piece.offset[axis] + torch.arange(piece.shape[axis])
+        found = (found[:, None] * shape[axis] + along).flatten()
+    return found
 
 
 def _is_blind(kind: type[Optimizer]) -> bool:

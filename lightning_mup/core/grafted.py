@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mup.core.decay_step import peak_rate, rate_now, will_update
 from lightning_mup.core.graft_parts import Blocks, Place, combine, move, norms_of, put_back
 from lightning_mup.core.method import Decay
 from lightning_mup.core.own_decay import decay_of
+from lightning_mup.core.parts import local
 from lightning_mup.core.registry import near
 from lightning_mup.core.schedules import LR_AT_BASE, LR_MULT, Group
 
@@ -32,7 +32,8 @@ class Grafted(Optimizer):
     optimizer's rates follow in proportion, and their ``weight_decay`` is applied beside the step. The step is as long
     as the magnitude's at its own rate, whoever leads; hence the rule for its rate is the magnitude's. The rate of the
     direction cancels. The follower may lack some of the leader's parameters, which then move as the leader has them.
-    Beside both states, one copy of the parameters is held.
+    Beside both states, one copy of the parameters is held. Sharded parameters (DTensors) are stepped and copied in
+    parts; norms are those of wholes, for which each step sends their squares twice, in one all-reduce per mesh axis.
 
     Args:
         direction: gives the direction.
@@ -46,7 +47,6 @@ class Grafted(Optimizer):
     Raises:
         ValueError: a setting is out of range, the follower holds what the leader does not, a rate is 0, or a decay is
             an L2 term.
-        TypeError: a parameter is sharded.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
@@ -194,9 +194,10 @@ class Grafted(Optimizer):
         held: dict[Tensor, Place] = self.__dict__.setdefault("_places", {})
         for group in self.param_groups:
             for p in group["params"]:
-                if p not in held or (held[p].before.dtype, held[p].before.device) != (p.dtype, p.device):
-                    held[p] = Place(torch.empty_like(p, requires_grad=False), Blocks(p, group, self._settings[2]))
-        torch._foreach_copy_([held[p].before for p in params], params)
+                part = local(p)
+                if p not in held or (held[p].before.dtype, held[p].before.device) != (part.dtype, part.device):
+                    held[p] = Place(torch.empty_like(part, requires_grad=False), Blocks(p, group, self._settings[2]))
+        torch._foreach_copy_([held[p].before for p in params], [local(p) for p in params])
         return held
 
     def _factors(
@@ -306,8 +307,6 @@ def _together(norms: Sequence[Tensor]) -> list[Tensor]:
 
 def _check_groups(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
-        if any(isinstance(p, DTensor) for p in group["params"]):
-            raise TypeError(f"{type(optimizer).__name__} holds DTensors, of which norms are not at hand; use DDP")
         group.setdefault(PEAK, peak_rate(group))
         if not group[PEAK] > 0:
             raise ValueError(

@@ -303,7 +303,7 @@ def _refuse_flattened(model: nn.Module) -> None:
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(
                 f"module {name!r} is wrapped by FSDP1, which flattens parameters so that their shapes are lost; use "
-                f"FSDP2 (torch.distributed.fsdp.fully_shard, or ModelParallelStrategy), which keeps them"
+                f"FSDP2 (strategy='mup_fsdp', or torch.distributed.fsdp.fully_shard), which keeps them"
             )
     refuse_lazy(model)
 

@@ -183,14 +183,14 @@ def block_iteration(
         z_NKO = q_NIK.mT @ work_NOI.mT
         size_N11 = _largest(z_NKO)
         unit_NKO = z_NKO / _positive(size_N11)
-        vectors_NKO = torch.where((size_N11 > 0) & size_N11.isfinite(), unit_NKO, vectors_NKO)
-    top_N = _largest_eigenvalues(unit_NKO @ unit_NKO.mT)
+        vectors_NKO = torch.where((size_N11 > 0) & (size_N11 < torch.inf), unit_NKO, vectors_NKO)
+    # Where the vectors stayed, they are finite, and the size is 0 or not finite: so is the product.
+    top_N = _largest_eigenvalues(vectors_NKO @ vectors_NKO.mT)
     return top_N.sqrt() * size_N11.view(-1), vectors_NKO.to(v_NKO.dtype)
 
 
 def _largest(x_NKI: torch.Tensor) -> torch.Tensor:
-    size_N11: torch.Tensor = torch.linalg.vector_norm(x_NKI, torch.inf, dim=(1, 2), keepdim=True)
-    return size_N11
+    return x_NKI.abs().amax((1, 2), keepdim=True)  # a CPU takes several times as long to a norm of order infinity
 
 
 def _positive(x_N11: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,13 @@ def _positive(x_N11: torch.Tensor) -> torch.Tensor:
 
 
 def _largest_eigenvalues(gram_NKK: torch.Tensor) -> torch.Tensor:
-    """Return the largest eigenvalue of each, to 0.1%, by powers: unlike ``eigvalsh``, a GPU is not waited for."""
+    """Return the largest eigenvalue of each; on a GPU, which ``eigvalsh`` would wait for, to 0.1% by powers."""
+    if gram_NKK.device.type == "cpu":
+        return torch.linalg.eigvalsh(gram_NKK)[:, -1]
+    return _by_powers(gram_NKK)
+
+
+def _by_powers(gram_NKK: torch.Tensor) -> torch.Tensor:
     power_NKK = gram_NKK
     for power in _POWERS:
         power_NKK = torch.linalg.matrix_power(power_NKK / _positive(_largest(power_NKK)), power)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_mup.core.chains import build_chain, full_precision
-from lightning_mup.core.finite import all_finite, norms_below
+from lightning_mup.core.finite import look
 from lightning_mup.core.method import Method, find_method
 from lightning_mup.core.ownership import Load, Ownership, Portion, Turn, defers_state
 from lightning_mup.core.settings import COMMON, Group, check_names, check_values, decay_per_lr, routes_of, settings_of
@@ -23,10 +23,6 @@ from lightning_mup.core.sharding import ShardedOwnership
 from lightning_mup.core.spec import Role
 from lightning_mup.core.stack import STEP, Arrangement, Stack, is_vector, portions
 from lightning_mup.core.transform import SMALL, Context, Direct, Members, Rate, Transform, is_elementwise, move
-
-
-class NonFiniteGradientError(ValueError):
-    """A gradient is not finite: training diverged, and the step was not taken."""
 
 
 class StackedOptimizer(Optimizer):
@@ -218,43 +214,17 @@ class StackedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        step, huge = self._look()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise TypeError(
+                f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
+            )
+        step, huge = look(self.param_groups, SMALL, self._ownership)
         if step and self._ownership is None:
             for group in self.param_groups:
                 self._step_stacks(group, self._stacks_of(group), _rate(group), huge)
         elif step:
             self._step_divided(huge)
         return loss
-
-    def _look(self) -> tuple[bool, bool]:
-        """Return whether to step, and whether squares overflow: one reduction over all gradients, and one wait."""
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
-            raise TypeError(
-                f"{type(self).__name__} needs dense gradients, got a sparse one; use Embedding(sparse=False)"
-            )
-        checked = [g for g in self.param_groups if g["nonfinite"] != "ignore"]
-        ours = self._ownership.looks_at if self._ownership else lambda p: True
-        grads = [p.grad for g in checked for p in g["params"] if p.grad is not None and ours(p)]
-        small = norms_below(SMALL, grads)
-        finite = small or all_finite(grads)
-        if self._ownership is not None and checked:
-            small, finite = self._ownership.all_say(small, finite)
-        return (finite or self._refuse(checked)), not small
-
-    def _refuse(self, checked: Sequence[Group]) -> bool:
-        """Return False where the step is to be skipped."""
-        bad = [(g, i) for g in checked for i, p in enumerate(g["params"]) if not all_finite([p.grad])]
-        skip = all(group["nonfinite"] == "skip" for group in ([group for group, _ in bad] or checked))
-        if self._ownership is not None:
-            (skip,) = self._ownership.all_say(skip)
-        if skip:
-            return False
-        others = f" (and those of {len(bad) - 1} others)" if bad else ""
-        raise NonFiniteGradientError(
-            f"the gradient {f'of {_name_of(*bad[0])!r}' if bad else 'on another rank'} is not finite{others}; nothing "
-            f"was changed. Look at the loss, clip, or give nonfinite='skip' to leave such steps out, "
-            f"nonfinite='ignore' not to look"
-        )
 
     def _step_stacks(self, group: Group, stacks: Sequence[Stack], rate: Rate, huge: bool) -> None:
         step = move if self._ownership is None else self._ownership.move
@@ -423,12 +393,6 @@ class StackedOptimizer(Optimizer):
         super().__setstate__(state)
         self._stacks, self._turns = {}, None
         self.__dict__.setdefault("_ownership", None)
-
-
-def _name_of(group: Group, index: int) -> str:
-    if "param_names" in group:
-        return str(group["param_names"][index])
-    return f"parameter {index} of group {group.get('name', 0)}"
 
 
 def _rate(group: Group) -> Rate:

@@ -34,7 +34,7 @@ from lightning_mup import Grafted, Grafting, MupDDPStrategy, Parametrize, Spectr
 from lightning_mup.callbacks.coordinate_check import CoordinateCheck
 from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
-from lightning_mup.core.optimizer import NonFiniteGradientError
+from lightning_mup.core.finite import NonFiniteGradientError
 from lightning_mup.core.ownership import Ownership
 from lightning_mup.strategies import mup_ddp
 from lightning_mup.transforms import orthogonalize, shampoo, soap

@@ -134,7 +134,7 @@ def test_strategies_that_lose_the_shapes(kind: type, monkeypatch: pytest.MonkeyP
     built = trainer(parametrize)
     monkeypatch.setattr(type(built), "strategy", object.__new__(kind))  # the real ones need an accelerator
     message = message_of(lambda: parametrize.setup(built, Net(), "fit"))
-    assert_says(message, kind.__name__, "shapes", "ModelParallelStrategy", "DDP")
+    assert_says(message, kind.__name__, "shapes", "mup_fsdp", "mup_ddp")
 
 
 def test_meta_device_without_a_strategy_that_materializes() -> None:
@@ -144,7 +144,7 @@ def test_meta_device_without_a_strategy_that_materializes() -> None:
                 return super().build(width)
 
     message = message_of(lambda: trainer(Parametrize(lambda: Net(16))).fit(OnMeta()))
-    assert_says(message, "'net.0.weight'", "SingleDeviceStrategy", "does not materialize", "ModelParallelStrategy")
+    assert_says(message, "'net.0.weight'", "SingleDeviceStrategy", "does not materialize", "mup_fsdp")
 
 
 class Undeclared(torch.optim.Optimizer):

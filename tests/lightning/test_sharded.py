@@ -1,4 +1,4 @@
-"""What the callbacks that size steps say of sharded parameters, of which no rank has a whole matrix."""
+"""What SpectralNormalization says of sharded parameters, of which no rank has a whole matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_mup.callbacks.grafting import Grafting
 from lightning_mup.callbacks.spectral_normalization import SpectralNormalization
 from tests.lightning.helpers import Net, trainer
 
@@ -33,10 +32,3 @@ def test_spectral_normalization_refuses_sharded_matrices(sharded: Net) -> None:
     wanted = r"SpectralNormalization needs whole matrices, got a DTensor of shape \(16, 16\); use DDP"
     with pytest.raises(TypeError, match=wanted):
         trainer(SpectralNormalization()).fit(sharded)
-
-
-@pytest.mark.parametrize("side", ["direction", "magnitude"])
-def test_grafting_refuses_sharded_parameters(sharded: Net, side: str) -> None:
-    grafting = Grafting(**{side: lambda params: torch.optim.AdamW(params, lr=0.1)})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"(SGD|AdamW) holds DTensors, of which norms are not at hand; use DDP"):
-        trainer(grafting).fit(sharded)

@@ -251,7 +251,7 @@ def test_flattened_module_is_refused() -> None:
     wrapper._fsdp_wrapped_module = nn.Linear(4, 4)
     text = message(nn.ModuleDict({"net": wrapper}), linears(4, 4))
     assert text.startswith("module 'net' is wrapped by FSDP1, which flattens parameters so that their shapes are lost")
-    assert "use FSDP2 (torch.distributed.fsdp.fully_shard, or ModelParallelStrategy)" in text
+    assert "use FSDP2 (strategy='mup_fsdp', or torch.distributed.fsdp.fully_shard)" in text
 
 
 def test_lazy_parameters() -> None:
