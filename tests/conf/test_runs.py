@@ -32,7 +32,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
 def test_a_folder_is_one_run(tmp_path: Path) -> None:
     train(tiny(tmp_path))
     with pytest.raises(
-        ValueError, match=r"holds another run: method.lr=0.5 \(there: 0.0625\).*give another name= or fold"
+        ValueError, match=r"holds another run: method.lr=0.5 \(there: 0.0078125\).*give another name= or fold"
     ):
         train(tiny(tmp_path, "method.lr=0.5"))
     train(tiny(tmp_path, "trainer.enable_progress_bar=false", "callbacks=none"))  # how, not what
@@ -84,7 +84,7 @@ def test_what_wandb_gets(tmp_path: Path) -> None:
     found = read_offline(tmp_path)
     assert (found.run.run_group, found.run.job_type) == ("widths", "adamw")
     assert found.config["model.net.width"] == 32
-    assert found.config["method.lr"] == 0.0625
+    assert found.config["method.lr"] == 0.0078125
     assert found.metrics["train/*"] == "tokens"
     losses = [row for row in found.history if "train/loss" in row]
     assert [row["tokens"] for row in losses] == [64, 128, 192]

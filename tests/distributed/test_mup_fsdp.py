@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_mup import MupFSDPStrategy
 from lightning_mup.strategies.sharded_checkpoint import consolidate
@@ -111,7 +112,7 @@ def test_a_step_takes_memory_for_what_is_exchanged_at_once(alone: dict[int, list
     everything = 4 * len(MANY) * MANY[0][0] * MANY[0][1]
     for rank in alone[ranks]:
         small, large = rank["most bytes"][2**16], rank["most bytes"][2**24]
-        assert small < 14 * 2**16 // ranks < everything // ranks
+        assert small < 20 * 2**16 // ranks < everything // ranks
         assert large > everything // ranks
 
 
@@ -169,11 +170,16 @@ def test_one_process_without_the_strategy_goes_on_with_either(folder: Path, tmp_
 
 
 def test_what_is_built_on_meta_starts_alike_at_every_number_of_ranks(folder: Path) -> None:
-    want = seen(folder, "saving", 4)[0]["meta"]["weights"]
+    want = trainable(seen(folder, "saving", 4)[0]["meta"]["weights"])
     assert float(want["layers.2.weight"].std()) > 0
     for ranks in (3, 2, 1):
         for rank in seen(folder, "resuming", ranks):
-            assert equal(rank["meta"]["weights"], want)
+            assert equal(trainable(rank["meta"]["weights"]), want)
+
+
+def trainable(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the frozen layer, which no plan knows, and which a checkpoint is to fill."""
+    return {name: value for name, value in weights.items() if not name.startswith("layers.1.")}
 
 
 def test_a_rank_that_dies_ends_the_others_and_leaves_a_whole_checkpoint(folder: Path) -> None:
