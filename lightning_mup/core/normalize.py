@@ -200,7 +200,8 @@ def _positive(x_N11: torch.Tensor) -> torch.Tensor:
 def _largest_eigenvalues(gram_NKK: torch.Tensor) -> torch.Tensor:
     """Return the largest eigenvalue of each; on a GPU, which ``eigvalsh`` would wait for, to 0.1% by powers."""
     if gram_NKK.device.type == "cpu":
-        return torch.linalg.eigvalsh(gram_NKK)[:, -1]
+        values_NK: torch.Tensor = torch.linalg.eigvalsh(gram_NKK)
+        return values_NK[:, -1]
     return _by_powers(gram_NKK)
 
 

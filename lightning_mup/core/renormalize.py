@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Renormalized:
     Reference:
         arXiv:2512.05620, App. F.
     """
+
+    whole: ClassVar[bool] = True
+    """Whether the parameters are, so that stacks can share memory for their steps."""
 
     def __init__(self, matrices: Sequence[Matrix], normalize: SpectralNormalize | RmsNormalize) -> None:
         self.matrices, self.normalize = list(matrices), normalize
@@ -138,7 +142,7 @@ class Renormalized:
         """Return the places of some parameters' matrices in the stack."""
         ends = list(itertools.accumulate(self._counts))
         places = [row for i in members for row in range(ends[i] - self._counts[i], ends[i])]
-        return torch.tensor(places, device=self._before_NOI.device)
+        return torch.tensor(places, device=self._factor_N11.device)
 
     def _in_shape(self, x_NOI: Tensor, members: Sequence[int]) -> list[Tensor]:
         """Return the members' matrices as views of their parameters' shapes."""
@@ -180,7 +184,7 @@ class Renormalized:
 def share_memory(stacks: Iterable[Renormalized]) -> None:
     """Let stacks that are rescaled one after another work in the same memory, as large as the largest one needs."""
     alike: dict[tuple[torch.dtype, torch.device], list[Renormalized]] = {}
-    for stack in stacks:
+    for stack in (stack for stack in stacks if stack.whole):
         alike.setdefault((stack._work, stack._room.device), []).append(stack)
     for found in alike.values():
         room = found[0]._room.new_empty(max(stack._before_NOI.numel() for stack in found))

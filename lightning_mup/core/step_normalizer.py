@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_mup.core.decay_step import rate_now, will_update
 from lightning_mup.core.method import Decay
 from lightning_mup.core.own_decay import fraction_of
+from lightning_mup.core.parts import local
 from lightning_mup.core.renormalize import Renormalized, share_memory
 
 
@@ -108,7 +109,7 @@ class StepNormalizer:
                 continue
             rest = [p for p in group["params"] if p.grad is not None and p not in self._normalized]
             if rest:
-                torch._foreach_mul_(rest, 1.0 - fraction)
+                torch._foreach_mul_([local(p) for p in rest], 1.0 - fraction)
             self._kept[index], group["weight_decay"] = group["weight_decay"], 0.0
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -42,9 +42,8 @@ CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
 }
 
 
-def train(name: str, steps: int) -> list[float]:
-    """Return the processor time at the beginning of each step of a training with the callbacks of that name."""
-    clock = Clock()
+def train(name: str, steps: int, begin: Callable[[], None]) -> None:
+    """Train with the callbacks of that name."""
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -52,10 +51,9 @@ def train(name: str, steps: int) -> list[float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*CALLBACKS[name](), clock],
+        callbacks=[*CALLBACKS[name](), Clock(begin)],
     )
     trainer.fit(TinyLM(WIDTH, DEPTH))
-    return clock.times
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

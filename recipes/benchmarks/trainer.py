@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 
 import lightning as L
@@ -36,29 +35,26 @@ def data(cache: str) -> TokenDataModule:
     return TokenDataModule(source, vocab_size=VOCABULARY, context=CONTEXT, batch_size=BATCH)
 
 
-def bare(steps: int, folder: str) -> list[float]:
-    """Return the processor time at the beginning of each step of a bare loop."""
+def bare(steps: int, begin: Callable[[], None], folder: str) -> None:
+    """Train in a bare loop."""
     net, text = build(WIDTH).net, data(folder)
     text.prepare_data()
     text.setup("fit")
     optimizer = mup.AdamW(net.parameters(), lr=1e-3)
     scheduler = schedules.linear(optimizer, total=steps)
-    times: list[float] = []
-    for batch, _ in zip(text.train_dataloader(), range(steps), strict=False):
-        times.append(time.process_time())
+    for batch, step in zip(text.train_dataloader(), range(1, steps + 1), strict=False):
+        begin()
         loss = F.cross_entropy(net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if len(times) % LOGGED_EVERY == 0:
+        if step % LOGGED_EVERY == 0:
             loss.item()
-    return times
 
 
-def whole(steps: int, folder: str) -> list[float]:
-    """Return the processor time at the beginning of each step under the Trainer, with all that a run has."""
-    clock = Clock()
+def whole(steps: int, begin: Callable[[], None], folder: str) -> None:
+    """Train under the Trainer, with all that a run has."""
     schedule = functools.partial(schedules.linear, total=steps)
     parametrize = mup.Parametrize(functools.partial(build, BASE), method="adamw", lr=1e-3, schedule=schedule)
     record = mup.RecordRun(folder, {}, tokens_per_step=BATCH * CONTEXT, flops_per_token=6e7)
@@ -73,19 +69,18 @@ def whole(steps: int, folder: str) -> list[float]:
         num_sanity_val_steps=0,
         val_check_interval=steps + 1,
         check_val_every_n_epoch=None,
-        callbacks=[parametrize, mup.WeightDecay(1e-4), record, clock],
+        callbacks=[parametrize, mup.WeightDecay(1e-4), record, Clock(begin)],
     )
     trainer.fit(build(WIDTH), data(folder))
-    return clock.times
 
 
-LOOPS: dict[str, Callable[[int, str], list[float]]] = {"bare PyTorch": bare, "lightning-mup train": whole}
+LOOPS: dict[str, Callable[[int, Callable[[], None], str], None]] = {"bare PyTorch": bare, "lightning-mup train": whole}
 
 
-def in_new_folder(name: str, steps: int) -> list[float]:
+def in_new_folder(name: str, steps: int, begin: Callable[[], None]) -> None:
     """Train in one of the ways, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        return LOOPS[name](steps, folder)
+        LOOPS[name](steps, begin, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.profiler import ProfilerActivity, profile
 
 import lightning_mup as mup
-from lightning_mup import MupFSDPStrategy, Parametrize, StackedOptimizer
+from lightning_mup import MupFSDPStrategy, Parametrize, SpectralNormalization, StackedOptimizer
 from lightning_mup.core.finite import NonFiniteGradientError
 from lightning_mup.core.sharding import ShardedOwnership
 from lightning_mup.strategies import division, mup_fsdp
@@ -52,6 +52,7 @@ from tests.models import generator
 Mesh = tuple[DeviceMesh, tuple[Placement, ...]]
 MANY = [(64, 64)] * 128
 TRAINED = [case for case in CASES if case not in DTYPES]
+SIZED = "sgd under SpectralNormalization"
 # Roots of nearly singular factors magnify the last digits of gradients, which are summed in other orders.
 PRECISE = [case for case in TRAINED if case.startswith("shampoo") or case in ("soap", "soap normalized")]
 
@@ -206,6 +207,8 @@ def training(folder: Path, ranks: int) -> Result:
         for case in TRAINED:
             of = {"module": {"method": case}, "kind": Precise if case in PRECISE else Net}
             found[f"{case}, {way}"] = fit(strategy(), ranks, **of, accumulate_grad_batches=2)
+        sized = SpectralNormalization(roles={"seldom.weight": "hidden"})
+        found[f"{SIZED}, {way}"] = fit(strategy(), ranks, sized, module={"method": "sgd"}, kind=Precise)
     if ranks == 1:
         return found
     said: list[str] = []

@@ -12,7 +12,7 @@ from lightning_mup import MupFSDPStrategy
 from lightning_mup.strategies.sharded_checkpoint import consolidate
 from tests.distributed.dividing import ALIKE, CASES, EVEN, FEW, STEPS, Net, Result
 from tests.distributed.dividing import fit as fit_divided
-from tests.distributed.sharded_training import MANY, TRAINED, fit
+from tests.distributed.sharded_training import MANY, SIZED, TRAINED, fit
 from tests.distributed.test_ddp import close, equal, python
 from tests.distributed.test_mup_ddp import EXACT, ODD, seen
 
@@ -130,7 +130,7 @@ def test_a_part_that_is_not_finite_is_seen_by_all(alone: dict[int, list[Result]]
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", [*TRAINED, SIZED])
 def test_trainings_are_those_of_one_process(folder: Path, ranks: int, way: str, case: str) -> None:
     """With clipping and accumulation, a frozen layer, and one that is seldom used."""
     one = seen(folder, "training", 1)[0][f"{case}, one"]["weights"]

@@ -7,22 +7,57 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECORDED = Path(__file__).parents[2] / "recipes" / "benchmarks" / "results"
+STATES = {"adam": 2, "muon": 1, "shampoo": 5, "soap": 6}  # in units of all matrices
+SIZE = 4 * 4 * 32**2  # bytes of all matrices
+# (ranks, strategy) -> received per step, and parts of state, of an elementwise method and of another
+EXPECTED = {
+    (1, "ddp"): ((0, 1), (0, 1)),
+    (1, "mup_fsdp"): ((0, 1), (0, 1)),
+    (2, "ddp"): ((0, 1), (0, 1)),
+    (2, "mup_ddp"): ((8192, 2), (8192, 2)),
+    (2, "mup_fsdp"): ((0, 2), (4096 + 4096, 2)),
+    (4, "ddp"): ((0, 1), (0, 1)),
+    (4, "mup_ddp"): ((12288, 4), (12288, 4)),
+    (4, "mup_fsdp"): ((0, 4), (3072 + 3072, 4)),
+    (4, "mup_fsdp 2 x 2"): ((0, 2), (2048 + 6144, 4)),
+}
 
 
-def test_two_ranks_receive_and_keep_half(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    sizes = ["--ranks", "2", "--width", "32", "--count", "4", "--steps", "3"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "130"}
+    sizes = ["--ranks", "1", "2", "4", "--width", "32", "--count", "4", "--steps", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "recipes.benchmarks.distributed", *sizes, "--output", str(file)],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-m", "recipes.benchmarks.distributed", *sizes, "--out", str(folder)],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())
-    for method, states in {"adam": 2, "muon": 1, "shampoo": 5, "soap": 6}.items():
-        one, divided = (found["result"][method][how] for how in ("replicated", "divided"))
-        assert one["state bytes"] == 4 * states * 4 * 32**2
-        assert divided["state bytes"] * 2 == one["state bytes"]
-        assert divided["received bytes"] == 2 * 4 * 32**2
-        assert one["received bytes"] == 0
-        assert method in done.stdout
+    assert done.stdout == (folder / "distributed.txt").read_text()
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "distributed.json").read_text())["rows"])
+
+
+def test_every_strategy_receives_and_keeps_its_part(made: Path) -> None:
+    found = {(row["method"], row["ranks"], row["strategy"]): row for row in rows(made)}
+    assert found.keys() == {(method, *key) for method in STATES for key in EXPECTED}
+    for (method, *key), row in found.items():
+        received, parts = EXPECTED[tuple(key)][method != "adam"]
+        assert (row["received bytes"], row["state bytes"]) == (received, STATES[method] * SIZE // parts)
+        assert row["predicted bytes"] == received
+
+
+def test_what_is_recorded_is_what_is_predicted() -> None:
+    found = rows(RECORDED)
+    assert {(row["method"], row["ranks"], row["strategy"]) for row in found} == {
+        (method, *key) for method in STATES for key in EXPECTED
+    }
+    assert [row["received bytes"] for row in found] == [row["predicted bytes"] for row in found]

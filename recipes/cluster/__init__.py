@@ -1,0 +1,1 @@
+"""Launch files for clusters, and what to expect of them."""
