@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_mup.core.ownership import Ownership
+from lightning_mup.core.parts import local
 
 Group = Mapping[str, Any]
 
@@ -35,8 +35,8 @@ def norms_below(bound: float, tensors: Sequence[Tensor | None], order: float = 2
         >>> norms_below(5.0, [torch.ones(4), None]), norms_below(5.0, [torch.full((4,), 3.0)])
         (True, False)
     """
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    present = [t for t in local if t is not None and t.numel()]
+    parts = [local(t) for t in tensors if t is not None]
+    present = [part for part in parts if part.numel()]
     if not present:
         return True
     dtypes = {t.dtype for t in present}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_mup.core.ownership import Load, Ownership, Turn
+from lightning_mup.core.parts import local
 from lightning_mup.core.shards import Pending, Piece, Shards, pieces_of
 from lightning_mup.core.stack import STEP
 from lightning_mup.core.transform import Rate, move
@@ -93,16 +94,16 @@ class ShardedOwnership(Ownership):
         """
         if not isinstance(param, DTensor):
             return param
-        local = param.to_local().detach()
+        here = local(param).detach()
         if param in self._owners:
             known = self._wholes.get(param)
-            if known is None or known.device != local.device or known.dtype != local.dtype:
-                known = self._wholes[param] = local.new_zeros(()).expand(param.shape)
+            if known is None or known.device != here.device or known.dtype != here.dtype:
+                known = self._wholes[param] = here.new_zeros(()).expand(param.shape)
                 self._made[known] = None
             return known
         known = self._parts.get(param)
-        if known is None or known.data_ptr() != local.data_ptr() or known.dtype != local.dtype:
-            known = self._parts[param] = local
+        if known is None or known.data_ptr() != here.data_ptr() or known.dtype != here.dtype:
+            known = self._parts[param] = here
         return known
 
     # -- what is sent ---------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ class ShardedOwnership(Ownership):
         """Return each turn when its owners have their gradients; those of the next one are on their way by then."""
         self._rates = rates
         for param, part in self._parts.items():
-            part.grad = None if param.grad is None else _local(param.grad)
+            part.grad = None if param.grad is None else local(param.grad)
         asked = self._ask(turns[0])
         for turn, later in zip(turns, [*turns[1:], None], strict=True):
             arriving, asked = asked, self._ask(later) if later else _Gradients([], None)
@@ -179,7 +180,7 @@ class ShardedOwnership(Ownership):
         parts = coming.wait()
         for group in dict.fromkeys(groups):
             mine = [i for i, other in enumerate(groups) if other == group]
-            move([_local(params[i]) for i in mine], [parts[i] for i in mine], self._rates[group])
+            move([local(params[i]) for i in mine], [parts[i] for i in mine], self._rates[group])
         self.traffic.seconds += time.perf_counter() - start
 
     def _shards(self, params: Sequence[Tensor]) -> Shards:
@@ -225,15 +226,11 @@ def _present(turn: Turn[_STACK]) -> tuple[list[Tensor], list[int]]:
     return [p for p, _ in present], [group for _, group in present]
 
 
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def _gradient(param: Tensor, l2: float) -> Tensor:
     """Return this rank's part of a gradient, with the term of an L2 decay."""
     assert param.grad is not None
-    local = _local(param.grad)
-    return local.to(torch.promote_types(param.dtype, torch.float32)).add(_local(param), alpha=l2) if l2 else local
+    part = local(param.grad)
+    return part.to(torch.promote_types(param.dtype, torch.float32)).add(local(param), alpha=l2) if l2 else part
 
 
 def _placed_like(param: DTensor, part: Tensor) -> DTensor:

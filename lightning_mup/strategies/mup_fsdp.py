@@ -57,7 +57,8 @@ class MupFSDPStrategy(ModelParallelStrategy):
     A checkpoint is a folder of torch's distributed format, with state by the parameter's name; any number of ranks
     resumes it. With ``save_distributed_checkpoint=False`` it is one file, that of plain ``ddp``, which every strategy
     and a single process load; so is what :func:`~lightning_mup.strategies.sharded_checkpoint.consolidate` makes of a
-    folder. Either is written under another name, and renamed when it is whole.
+    folder. Either is written under another name, and renamed when it is whole. (Lightning's own ModelParallelStrategy
+    trains with this package's optimizers, too, but cannot load their state again.)
 
     Args:
         replicas: number of copies of the weights, each sharded over the ranks of its own (HSDP); divides the number of

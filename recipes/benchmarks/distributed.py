@@ -11,6 +11,7 @@ Usage, from the repository's root: ``python -m recipes.benchmarks.distributed``.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import socket
@@ -42,6 +43,7 @@ METHODS: dict[str, tuple[type[mup.StackedOptimizer], dict[str, Any]]] = {
 }
 SKIPPED = 1  # the first step warms up
 REPLICAS = 2  # of HSDP
+WIDE = 150  # columns of the table in text
 HERE = Path(__file__).parent / "results"
 
 
@@ -169,6 +171,13 @@ def table(record: Row) -> Table:
     return made
 
 
+def text(record: Row) -> str:
+    """Return the table as plain text."""
+    shown = io.StringIO()
+    Console(file=shown, width=WIDE, color_system=None).print(table(record))
+    return shown.getvalue()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,10 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {**{key: value for key, value in vars(settings).items() if key != "out"}, **facts, "rows": rows}
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "distributed.json").write_text(json.dumps(record, indent=1) + "\n")
-    shown = table(record)
-    with (settings.out / "distributed.txt").open("w") as file:
-        Console(file=file, width=130, color_system=None).print(shown)
-    Console().print(shown)
+    (settings.out / "distributed.txt").write_text(text(record))
+    print(text(record), end="")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from recipes.benchmarks import distributed
+
 RECORDED = Path(__file__).parents[2] / "recipes" / "benchmarks" / "results"
 STATES = {"adam": 2, "muon": 1, "shampoo": 5, "soap": 6}  # in units of all matrices
 SIZE = 4 * 4 * 32**2  # bytes of all matrices
@@ -31,7 +33,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "130"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     sizes = ["--ranks", "1", "2", "4", "--width", "32", "--count", "4", "--steps", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "recipes.benchmarks.distributed", *sizes, "--out", str(folder)],
@@ -61,3 +63,5 @@ def test_what_is_recorded_is_what_is_predicted() -> None:
         (method, *key) for method in STATES for key in EXPECTED
     }
     assert [row["received bytes"] for row in found] == [row["predicted bytes"] for row in found]
+    record = json.loads((RECORDED / "distributed.json").read_text())
+    assert (RECORDED / "distributed.txt").read_text() == distributed.text(record)
