@@ -52,6 +52,10 @@ _WHERE = (
     "sweep",
     "trainer.enable_",
     "trainer.profiler",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.plugins",
     "data.workers",
 )
 """Keys that say where and how a run is carried out, not what its numbers are."""

@@ -10,7 +10,7 @@ NODES="${NODES:-1}"
 DEVICES="${DEVICES:-8}"        # GPUs of a node
 PARTITION="${PARTITION:-gpu}"  # slurm: of your cluster
 MINUTES="${MINUTES:-1440}"     # slurm: of a job
-HOST="${HOST:-localhost:29500}" # torchrun: a port of the first node
+HOST="${HOST:-}"               # torchrun: a port of the first node, as node0:29500
 
 fail() {
     echo "run.sh: $*" >&2
@@ -23,6 +23,7 @@ if [[ "${1:-}" == --go ]]; then go=yes && shift; fi
 size="$1" method="$2" strategy="$3"
 shift 3
 case "$size" in 190m | 380m | 640m | 1.4b) ;; *) fail "unknown size '$size'; give 190m, 380m, 640m or 1.4b" ;; esac
+case "$method" in adam | muon | shampoo | soap) ;; *) fail "unknown method '$method'; give adam, muon, shampoo or soap" ;; esac
 case "$strategy" in
     ddp | mup_ddp | mup_fsdp) divided=("strategy=$strategy") ;;
     mup_hsdp) divided=(strategy=mup_fsdp "trainer.strategy.replicas=$((NODES > 1 ? NODES : 2))") ;; # shards in a node
@@ -35,9 +36,10 @@ case "$LAUNCHER" in
         command=(lightning-mup train --multirun "${run[@]}" launcher=submitit_slurm)
         command+=("hydra.launcher.partition=$PARTITION" "hydra.launcher.timeout_min=$MINUTES") ;;
     torchrun)
-        command=(torchrun "--nnodes=$NODES" "--nproc-per-node=$DEVICES" --rdzv-backend=c10d "--rdzv-endpoint=$HOST")
+        [[ -n "$HOST" || "$NODES" == 1 ]] || fail "give HOST=NODE:PORT, where the nodes meet"
+        command=(torchrun "--nnodes=$NODES" "--nproc-per-node=$DEVICES" --rdzv-backend=c10d "--rdzv-endpoint=${HOST:-localhost:0}")
         command+=(-m lightning_mup.train "${run[@]}") ;;
     *) fail "unknown LAUNCHER '$LAUNCHER'; give slurm or torchrun" ;;
 esac
-echo "${command[*]} $*"
+printf '%q ' "${command[@]}" "$@" && echo
 if [[ -n "$go" ]]; then "${command[@]}" "$@"; fi

@@ -34,7 +34,7 @@ def asked(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("strategy", ["ddp", "mup_ddp", "mup_fsdp", "mup_hsdp"])
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
 def test_commands_compose(strategy: str, launcher: str) -> None:
-    words = printed("1.4b", "muon", strategy, "data.workers=4", LAUNCHER=launcher, NODES="2")
+    words = printed("1.4b", "muon", strategy, "data.workers=4", LAUNCHER=launcher, NODES="2", HOST="node0:29500")
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     with initialize_config_module("lightning_mup.conf", version_base="1.3"):
         config = compose("train", overrides)
@@ -44,10 +44,19 @@ def test_commands_compose(strategy: str, launcher: str) -> None:
     assert isinstance(chosen, str) or chosen.replicas == (2 if strategy == "mup_hsdp" else 1)
 
 
-def test_unknown_words_are_refused() -> None:
-    found = asked("2b", "muon", "ddp")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("2b", "muon", "ddp"), "unknown size '2b'; give 190m, 380m, 640m or 1.4b"),
+        (("190m", "adem", "ddp"), "unknown method 'adem'; give adam, muon, shampoo or soap"),
+        (("190m", "adam", "fsdp"), "unknown strategy 'fsdp'; give ddp, mup_ddp, mup_fsdp or mup_hsdp"),
+        (("190m", "adam", "ddp"), "give HOST=NODE:PORT"),
+    ],
+)
+def test_unknown_words_are_refused(words: tuple[str, ...], said: str) -> None:
+    found = asked(*words, LAUNCHER="torchrun", NODES="2")
     assert found.returncode == 2
-    assert "unknown size '2b'; give 190m, 380m, 640m or 1.4b" in found.stderr
+    assert said in found.stderr
 
 
 @pytest.mark.parametrize("method", expect.METHODS)
@@ -77,3 +86,7 @@ def test_torchrun_trains_under_it_and_goes_on(tmp_path: Path) -> None:
         found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
         assert said in found.stdout + found.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_dir()
+    alone = [word for word in run if not word.startswith(("strategy", "trainer.devices"))]
+    main = [sys.executable, "-m", "lightning_mup.train", *alone]
+    found = subprocess.run(main, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "was finished before" in found.stdout + found.stderr
