@@ -15,7 +15,7 @@ echo "mypy"
 "$VENV_PYTHON" -m mypy --no-error-summary
 echo "pytest"
 export OMP_NUM_THREADS=1 # two workers with a thread per core each would slow each other down
-"$VENV_PYTHON" -m pytest --numprocesses 2 "$@"
+"$VENV_PYTHON" -m pytest --numprocesses 2 --dist loadgroup "$@"
 
 echo "All checks passed. Next: see scaling at work with 'bash recipes/quickstart.sh',"
 echo "or run one test with 'bash tests/run.sh -k NAME'."

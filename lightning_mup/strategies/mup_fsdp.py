@@ -109,10 +109,7 @@ class MupFSDPStrategy(ModelParallelStrategy):
         )
         self.replicas, self.exchange_mb = replicas, exchange_mb
         self.traffic: Traffic | None = None
-        self._shard_settings = {
-            "reshard_after_forward": reshard_after_forward,
-            "mp_policy": mp_policy or MixedPrecisionPolicy(),
-        }
+        self._reshard, self._precision = reshard_after_forward, mp_policy
 
     # -- mesh and module ------------------------------------------------------------------------------------------
 
@@ -152,7 +149,7 @@ class MupFSDPStrategy(ModelParallelStrategy):
             super().setup(trainer)
             return
         if not any(isinstance(p, DTensor) for p in module.parameters()):
-            shard(module, self.shard_mesh, **self._shard_settings)
+            shard(module, self.shard_mesh, reshard_after_forward=self._reshard, mp_policy=self._precision)
         with _said_to_configure(module):
             super().setup(trainer)
 
