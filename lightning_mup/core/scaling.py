@@ -33,7 +33,8 @@ class Choices:
         roles: role or :class:`Layout` by name pattern.
         branches: patterns of the last matrices of residual branches.
         forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
-        lr_multipliers: by role or name pattern, a factor on the learning rate, a hyperparameter of the base.
+        lr_multipliers: by role or name pattern, a factor on the learning rate, a hyperparameter of the base. A tied
+            readout has that of its embedding.
         batch: batch size and base batch size.
         multipliers: whether forward multipliers are folded into init, update and epsilon, or applied by hooks.
 
@@ -290,7 +291,8 @@ def _by_role_or_name(
 ) -> dict[str, float]:
     roles = {Role(key): value for key, value in given.items() if key in _ROLE_WORDS}
     check_guesses("lr_multipliers", roles, specs)
-    unused = [role.value for role in roles if all(s.role is not role for s in specs)]
+    known = {s.role for s in specs} | ({Role.OUTPUT} if any(s.readout for s in specs) else set())
+    unused = [role.value for role in roles if role not in known]
     if unused:
         raise ValueError(
             f"lr_multipliers name {unused}, but the model has only {sorted({s.role.value for s in specs})}"

@@ -36,7 +36,7 @@ from lightning_mup.callbacks.watch_updates import WatchUpdates
 from lightning_mup.callbacks.weight_decay import WeightDecay
 from lightning_mup.core.finite import NonFiniteGradientError
 from lightning_mup.core.ownership import Ownership
-from lightning_mup.strategies import mup_ddp
+from lightning_mup.strategies import division, mup_ddp
 from lightning_mup.transforms import orthogonalize, shampoo, soap
 from tests.distributed.ranks import free_port
 from tests.models import generator
@@ -314,7 +314,10 @@ def beside_ddp(folder: Path, ranks: int) -> Result:
     for name in RUNS:
         for strategy in (DDPStrategy(find_unused_parameters=True), MupDDPStrategy(find_unused_parameters=True)):
             said: list[str] = []
-            with patch.object(mup_ddp, "rank_zero_info", said.append):
+            with (
+                patch.object(mup_ddp, "rank_zero_info", said.append),
+                patch.object(division, "rank_zero_info", said.append),
+            ):
                 result = fit(strategy, ranks, *callbacks(name), module=method_of(name), **settings)
             found[f"{name}, {type(strategy).__name__}"] = {**result, "said": said}
     return found

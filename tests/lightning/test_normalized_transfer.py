@@ -66,7 +66,7 @@ def largest(report: CoordinateReport, kind: str) -> float:
 def test_a_transformers_features_change_alike_at_all_widths(name: str) -> None:
     def build(width: int) -> list[Callback]:
         plan = mup.Parametrize("self" if width == WIDTHS[0] else lambda: Text(WIDTHS[0]))
-        return [plan, mup.SpectralNormalization(readout="spectral")]
+        return [plan, mup.SpectralNormalization()]
 
     report = slopes(name, 0.03, build, *WIDTHS)
     assert largest(report, "output") <= TOLERANCE, report.table()
@@ -103,7 +103,7 @@ class Classifier(L.LightningModule):
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
-Readout = Literal["spectral", "default"]  # None stands for no normalization
+Readout = Literal["spectral", "rms"]  # None stands for no normalization
 TRAINED, BATCHES = (64, 512), task()
 ROLES = {"net.0.weight": "input", "net.2.weight": "hidden", "net.4.weight": "output"}
 
@@ -115,8 +115,7 @@ def final_loss(width: int, log2_lr: float, seed: int, *, rules: str, readout: Re
     if width == TRAINED[0]:  # where nothing grows
         plan = mup.Parametrize("self", rules=rules, roles=ROLES)
     callbacks: list[Callback] = [plan]
-    settings = {"spectral": {"readout": "spectral"}, "default": {}}
-    callbacks += [] if readout is None else [mup.SpectralNormalization(**settings[readout])]
+    callbacks += [] if readout is None else [mup.SpectralNormalization(readout=readout)]
     trainer(*callbacks, steps=STEPS, max_epochs=-1).fit(module)
     mean = float(torch.stack(module.losses[-LAST:]).mean())
     return mean if math.isfinite(mean) else math.inf
@@ -138,10 +137,10 @@ def drift(rules: str, readout: Readout | None, grid: range, seeds: int = 3) -> f
 ERROR = math.hypot(0.04, 0.02)
 
 
-def test_the_best_learning_rate_moves_no_more_than_without() -> None:
+def test_by_rms_the_best_learning_rate_moves_no_more_than_without() -> None:
     without = abs(drift("mup", None, range(-7, -3)))
     assert without < 0.2
-    assert abs(drift("mup", "default", range(-5, -1))) <= without
+    assert abs(drift("mup", "rms", range(-5, -1))) <= without
 
 
 def test_by_spectral_norm_it_moves_no_more_than_without_to_the_standard_error_of_three_seeds() -> None:

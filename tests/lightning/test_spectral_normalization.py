@@ -36,7 +36,7 @@ LR = 0.002
 
 def exact(**settings: Any) -> SpectralNormalization:
     """So many iterations that the norm is what it should be at every step."""
-    return SpectralNormalization(iterations=300, warmup_steps=0, **settings)
+    return SpectralNormalization(iterations=300, warmup_steps=0, **{"readout": "spectral", **settings})
 
 
 def all_met(seen: list[dict[str, float]]) -> bool:
@@ -162,7 +162,7 @@ def test_native_normalization_is_the_same(kind: Any, rules: str) -> None:
     if kind is mup.SOAP:  # whose basis is arbitrary, to the last digits, where the gradient has none
         settings["eps"] = 1e-2
     trained = []
-    for callbacks, native in (([SpectralNormalization(vectors=1)], False), ([], True)):
+    for callbacks, native in (([SpectralNormalization(vectors=1, readout="spectral")], False), ([], True)):
         torch.manual_seed(0)
         module = Deep(make=ours(native, kind, **settings)).double()
         plan = mup.Parametrize(lambda: Deep(16).double(), rules=rules, lr_multipliers={"readout": 0.5})
@@ -174,7 +174,7 @@ def test_native_normalization_is_the_same(kind: Any, rules: str) -> None:
 
 def test_native_normalization_is_the_same_without_a_plan_in_float32() -> None:
     trained = []
-    for callbacks, native in (([SpectralNormalization(vectors=1)], False), ([], True)):
+    for callbacks, native in (([SpectralNormalization(vectors=1, readout="spectral")], False), ([], True)):
         torch.manual_seed(0)
         trained.append(Net(make=ours(native, weight_decay=1e-3)))
         trainer(*callbacks, steps=8).fit(trained[-1])

@@ -67,7 +67,7 @@ def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 BUILD: dict[str, Callable[[], Callback]] = {
     "parametrize": lambda: mup.Parametrize(lambda: Tiny(16)),
     "decay": lambda: mup.WeightDecay(FRACTION),
-    "spectral": lambda: mup.SpectralNormalization(warmup_steps=2),
+    "spectral": lambda: mup.SpectralNormalization(readout="spectral", warmup_steps=2),
     "grafting": lambda: mup.Grafting(direction=sgd),
     "watch": lambda: mup.WatchUpdates(2, quantities=get_args(Quantity), per="matrix"),
     "watch on a given batch": lambda: mup.WatchUpdates(2, quantities=get_args(Quantity), per="matrix", probe=PROBE),
@@ -231,7 +231,7 @@ def by_hand(start: dict[str, Tensor], batches: list[list[Tensor]]) -> dict[str, 
 def test_the_step_is_direction_normalized_times_rate_plus_decay() -> None:
     """In float64, to the digits to which hundreds of power iterations find a singular value."""
     recorder, module = Recorder(), Double()
-    exact = mup.SpectralNormalization(iterations=500, warmup_steps=0)
+    exact = mup.SpectralNormalization(readout="spectral", iterations=500, warmup_steps=0)
     plan, decay = mup.Parametrize(lambda: Double(16)), mup.WeightDecay(FRACTION)
     watch = mup.WatchUpdates(1, quantities=get_args(Quantity))
     trainer(exact, watch, decay, plan, recorder, steps=STEPS, precision="64-true", **SETTINGS).fit(module)
