@@ -37,6 +37,7 @@ from lightning_mup.core.scaling import Choices, plan
 from lightning_mup.language import LanguageModel
 from lightning_mup.launch import run_apart, runs_apart
 from lightning_mup.run_log import RunLog
+from lightning_mup.strategies.sharded_checkpoint import last
 from lightning_mup.sweep_axes import shortened_name
 from lightning_mup.tracking import close
 
@@ -93,10 +94,10 @@ def train(config: DictConfig) -> float:
         return loss
     seed_everything(config.seed, workers=True, verbose=False)
     run = build(config)
-    last = folder / "checkpoints" / "last.ckpt"
+    saved = last(folder / "checkpoints" / "last.ckpt")
     status: Status | None = None
     try:
-        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=str(last) if last.exists() else None)
+        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=str(saved) if saved else None)
         if run.record.status == "finished":
             run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     except NonFiniteGradientError as error:

@@ -2,7 +2,9 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before any other import
@@ -19,9 +21,14 @@ hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start each test from seed 0, in an empty folder that takes whatever the test writes."""
+def _reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start each test from seed 0, in an empty folder that takes whatever it writes; end it with no other environment.
+
+    Lightning leaves its seed in the environment, from which processes that later tests start would be seeded.
+    """
     monkeypatch.chdir(tmp_path)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    with patch.dict(os.environ):
+        yield

@@ -53,6 +53,7 @@ class ShardedRenormalized(Renormalized):
         factors = torch.tensor([m.factor for m in matrices], dtype=torch.float64)
         self._factor_N11 = factors.repeat_interleave(torch.tensor(self._counts)).view(-1, 1, 1).to(like)
         self._steps = [0] * len(matrices)
+        self._known: dict[tuple[int, ...], Shards] = {}
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -71,13 +72,7 @@ class ShardedRenormalized(Renormalized):
     def _factors(self, alike: Sequence[int], moved: Sequence[Tensor], ctx: Context, lr: float) -> Tensor:
         """Return the factors of some members' matrices, and advance their vectors, on all ranks alike."""
         own = [k for k, i in enumerate(alike) if self._owners[i] == dist.get_rank()]
-        shards = Shards(
-            [self._pieces[i] for i in alike],
-            [self.params[i].shape for i in alike],
-            [self._owners[i] for i in alike],
-            self._factor_N11.device,
-        )
-        wholes = shards.gather(moved).wait()
+        wholes = self._shards(tuple(alike)).gather(moved).wait()
         rows = self._rows(alike)
         found = {"": torch.zeros_like(self._factor_N11[rows])}
         found |= {key: torch.zeros_like(value[rows]) for key, value in self._state.items()}
@@ -97,6 +92,13 @@ class ShardedRenormalized(Renormalized):
             if key:
                 self._state[key][rows] = part.view_as(like)
         return parts[0].view(-1, 1, 1)
+
+    def _shards(self, alike: tuple[int, ...]) -> Shards:
+        if alike not in self._known:
+            owners, pieces = [self._owners[i] for i in alike], [self._pieces[i] for i in alike]
+            shapes = [self.params[i].shape for i in alike]
+            self._known[alike] = Shards(pieces, shapes, owners, self._factor_N11.device)
+        return self._known[alike]
 
     def _by_entry(self, i: int, factor_N11: Tensor) -> Tensor:
         """Return one member's factors as this rank's part takes them: one number, or one for each entry."""

@@ -69,6 +69,7 @@ class ShardedOwnership(Ownership):
         self._parts: dict[Tensor, Tensor] = {}  # of what is elementwise, this rank's
         self._wholes: dict[Tensor, Tensor] = {}  # of what has an owner, what stands for it
         self._made: dict[Tensor, Tensor | None] = {}  # by what stands for an owned parameter, its update
+        self._known: dict[tuple[Tensor, ...], Shards] = {}
         self._rates: Sequence[Rate] = ()
         self._updates: _Updates | None = None
 
@@ -184,9 +185,11 @@ class ShardedOwnership(Ownership):
         self.traffic.seconds += time.perf_counter() - start
 
     def _shards(self, params: Sequence[Tensor]) -> Shards:
-        owners = [self._owners[p] for p in params]
-        pieces = [self._pieces[p] for p in params]
-        return Shards(pieces, [p.shape for p in params], owners, self._device, self._group)
+        key = tuple(params)  # those of a turn that have a gradient, which are mostly the same
+        if key not in self._known:
+            owners, pieces = [self._owners[p] for p in params], [self._pieces[p] for p in params]
+            self._known[key] = Shards(pieces, [p.shape for p in params], owners, self._device, self._group)
+        return self._known[key]
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

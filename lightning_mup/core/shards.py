@@ -8,6 +8,7 @@ about 2 P / S for FSDP2 (S = R), beside what FSDP2 itself sends, 3 P (R - 1) / R
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -111,14 +112,21 @@ class Shards:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._group, self._rank, self._ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self._group, self._rank = group, dist.get_rank(group)
         self._device, self._owners, self._shapes = device, list(owners), [tuple(shape) for shape in shapes]
         self._pieces = [list(held) for held in pieces]
         self.received = 0  # bytes that the last exchange brings from other ranks
-        self._sources = [
-            _sources(held, owner, shape)
-            for held, owner, shape in zip(self._pieces, self._owners, self._shapes, strict=True)
-        ]
+        ranks = range(dist.get_world_size(group))
+        self._of: list[list[int]] = [[] for _ in ranks]  # by owner, what it owns
+        self._asked: list[list[int]] = [[] for _ in ranks]  # by owner, what it has from here
+        self._asking: list[list[int]] = [[] for _ in ranks]  # by rank, what this owner has from there
+        for i, (held, owner, shape) in enumerate(zip(self._pieces, self._owners, self._shapes, strict=True)):
+            self._of[owner].append(i)
+            for source in _sources(held, owner, shape):
+                if source == self._rank:
+                    self._asked[owner].append(i)
+                if owner == self._rank:
+                    self._asking[source].append(i)
 
     def gather(self, parts: Sequence[Tensor]) -> Pending[list[Tensor | None]]:
         """Bring the parts of tensors of the parameters' shapes together: whole at each owner, None elsewhere.
@@ -126,20 +134,16 @@ class Shards:
         Args:
             parts: this rank's part of each.
         """
-        sent = [
-            [part for i, part in enumerate(parts) if self._owners[i] == to and self._rank in self._sources[i]]
-            for to in range(self._ranks)
-        ]
-        own = [i for i, owner in enumerate(self._owners) if owner == self._rank]
+        sent = [[parts[i] for i in asked] for asked in self._asked]
         wanted = [
-            [_like(parts[i].dtype, self._pieces[i][source].shape) for i in own if source in self._sources[i]]
-            for source in range(self._ranks)
+            [_like(parts[i].dtype, self._pieces[i][source].shape) for i in asking]
+            for source, asking in enumerate(self._asking)
         ]
 
         def whole(arrived: list[list[Tensor]]) -> list[Tensor | None]:
-            made = {i: parts[i].new_empty(self._shapes[i]) for i in own}
+            made = {i: parts[i].new_empty(self._shapes[i]) for i in self._of[self._rank]}
             for source, views in enumerate(arrived):
-                for i, view in zip([i for i in own if source in self._sources[i]], views, strict=True):
+                for i, view in zip(self._asking[source], views, strict=True):
                     self._pieces[i][source].of(made[i]).copy_(view)
             return [made.get(i) for i in range(len(parts))]
 
@@ -152,19 +156,12 @@ class Shards:
             wholes: the whole tensors that this rank owns, None for the others.
             dtypes: of each, on all ranks.
         """
-        sent = [
-            [self._pieces[i][to].of(whole) for i, whole in enumerate(wholes) if whole is not None]
-            for to in range(self._ranks)
-        ]
-        of_owner = [[i for i, owner in enumerate(self._owners) if owner == r] for r in range(self._ranks)]
-        wanted = [[_like(dtypes[i], self._pieces[i][self._rank].shape) for i in mine] for mine in of_owner]
+        own = [(i, whole) for i, whole in enumerate(wholes) if whole is not None]
+        sent = [[self._pieces[i][to].of(whole) for i, whole in own] for to in range(len(self._of))]
+        wanted = [[_like(dtypes[i], self._pieces[i][self._rank].shape) for i in owned] for owned in self._of]
 
         def parts(arrived: list[list[Tensor]]) -> list[Tensor]:
-            found = {
-                i: view
-                for mine, views in zip(of_owner, arrived, strict=True)
-                for i, view in zip(mine, views, strict=True)
-            }
+            found = dict(zip(itertools.chain(*self._of), itertools.chain(*arrived), strict=True))
             return [found[i] for i in range(len(dtypes))]
 
         return self._exchange(sent, wanted, parts)
@@ -196,15 +193,13 @@ def _like(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 def _sources(pieces: Sequence[Piece], owner: int, shape: tuple[int, ...]) -> set[int]:
     """Return one rank for each part; of several that hold it, one from the owner's replica."""
-    different = list(dict.fromkeys(piece for piece in pieces if 0 not in piece.shape))
-    replicas = max(1, sum(0 not in piece.shape for piece in pieces) // max(1, len(different)))
-    size = len(pieces) // replicas  # of a replica, whose ranks follow each other
-    held = sum(int(torch.Size(piece.shape).numel()) for piece in different)
+    holding = [rank for rank, piece in enumerate(pieces) if 0 not in piece.shape]
+    first = {pieces[rank]: rank for rank in reversed(holding)}
+    size = len(pieces) // max(1, len(holding) // max(1, len(first)))  # of a replica, whose ranks follow each other
+    held = sum(int(torch.Size(piece.shape).numel()) for piece in first)
     if held != torch.Size(shape).numel():
         raise ValueError(
-            f"parts {different} are {held} entries, but a whole of shape {shape} has others; check the mesh"
+            f"parts {list(first)} are {held} entries, but a whole of shape {shape} has others; check the mesh"
         )
-    return {
-        min((r for r, own in enumerate(pieces) if own == piece), key=lambda r: (r // size != owner // size, r))
-        for piece in different
-    }
+    near = {pieces[rank]: rank for rank in reversed(holding) if rank // size == owner // size}
+    return set({**first, **near}.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ from lightning_mup.core.ownership import Ownership, Traffic, deferred_state
 from lightning_mup.core.sharding import ShardedOwnership
 from lightning_mup.strategies.division import divide
 from lightning_mup.strategies.shard_modules import shard
-from lightning_mup.strategies.sharded_checkpoint import load, state_of
+from lightning_mup.strategies.sharded_checkpoint import load, remove, replace, state_of
 
 _MB = 2**20
 _PART = ".part"  # of a checkpoint's name, until it is whole
@@ -183,13 +182,12 @@ class MupFSDPStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         part = path.with_name(path.name + _PART)
         if self.is_global_zero:
-            _remove(part)
+            remove(part)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()
         if self.is_global_zero:
-            _remove(path)
-            part.rename(path)
+            replace(part, path)
         self.barrier()
 
     def load_checkpoint(
@@ -226,13 +224,6 @@ def _said_to_configure(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         del module.configure_model
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 MupFSDPStrategy.register_strategies(StrategyRegistry)

@@ -7,6 +7,7 @@ folders have the parameters' names, files their numbers in the order of the grou
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lightning_mup.core.optimizer import StackedOptimizer
 
 Saved = dict[str, Any]
 _REST = "meta.pt"  # Lightning's name of the file of what is neither weights nor state
+_OLD = ".old"  # of a checkpoint's name, while another takes it
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -66,7 +68,8 @@ def load(
         what is neither weights nor state.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the folder holds no whole checkpoint.
+        ValueError: the file holds no state of the optimizers.
     """
     # Before the weights: torch takes a step, of rate 0, to make the state of its own optimizers.
     states = [state_of(optimizer, model, whole=False) for optimizer in optimizers]
@@ -83,9 +86,47 @@ def load(
     checkpoint: Saved = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
     options = StateDictOptions(full_state_dict=True, strict=strict)
     set_model_state_dict(model, checkpoint.pop("state_dict"), options=options)
-    for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-        _set_state(optimizer, model, saved, whole=True)
+    saved = checkpoint.get("optimizer_states", [])
+    if optimizers and len(saved) != len(optimizers):
+        raise ValueError(
+            f"{path} holds the state of {len(saved)} optimizers, but {len(optimizers)} are to go on; give a checkpoint "
+            f"that was saved with them (save_weights_only=False)"
+        )
+    for optimizer, state in zip(optimizers, saved, strict=False):  # none of them where nothing is trained
+        _set_state(optimizer, model, state, whole=True)
     return checkpoint
+
+
+def replace(new: Path, path: Path) -> None:
+    """Give a whole checkpoint its name; what had it goes last, so that at every moment there is one, see :func:`last`.
+
+    Args:
+        new: the checkpoint.
+        path: its name.
+    """
+    old = path.with_name(path.name + _OLD)
+    if path.exists():
+        remove(old)
+        path.rename(old)
+    new.rename(path)
+    remove(old)
+
+
+def last(path: Path) -> Path | None:
+    """Return a checkpoint: that of this name, the one before where a job died between two renames, or None.
+
+    Examples:
+        >>> last(Path("nowhere.ckpt"))
+    """
+    return next((found for found in (path, path.with_name(path.name + _OLD)) if found.exists()), None)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, should it be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def consolidate(folder: str | Path, file: str | Path) -> None:

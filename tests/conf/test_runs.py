@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
+import lightning as L
 import pytest
 import torch
 from hydra import compose
@@ -27,6 +29,16 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert train(tiny(tmp_path)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_where_a_save_was_cut_off(tmp_path: Path) -> None:
+    first = train(tiny(tmp_path, "callbacks=checkpoint"))
+    (tmp_path / "result.json").unlink()
+    saved = tmp_path / "checkpoints" / "last.ckpt"
+    saved.rename(saved.with_name("last.ckpt.old"))
+    with patch.object(L.Trainer, "fit", autospec=True, side_effect=L.Trainer.fit) as fit:
+        assert train(tiny(tmp_path, "callbacks=checkpoint")) == first
+    assert fit.call_args.kwargs["ckpt_path"] == f"{saved}.old"
 
 
 def test_a_folder_is_one_run(tmp_path: Path) -> None:
