@@ -204,7 +204,11 @@ def plan_of(config: DictConfig) -> Plan:
         rules=list(config.rules.names),
         method=found,
         settings={**found.preset, **options},
-        choices=Choices(lr_multipliers=multipliers),
+        choices=Choices(
+            lr_multipliers=multipliers,
+            lr_powers=instantiate(config.parametrize.lr_powers, _convert_="all"),
+            eps=config.parametrize.eps,
+        ),
     )
 
 
@@ -243,7 +247,7 @@ def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
     return {
         "name": config.name,
         "method": config.method.name,
-        "rules": " x ".join(config.rules.names) + _decay_label(config.weight_decay),
+        "rules": ", ".join([" x ".join(config.rules.names), *_told(config)]),
         "width": config.model.width,
         "depth": config.model.depth,
         "base_width": base.model.width,
@@ -257,10 +261,10 @@ def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:
     }
 
 
-def _decay_label(weight_decay: DictConfig | None) -> str:
-    """Return what tells runs apart that decay by another policy than the default."""
-    policy = "width" if weight_decay is None else weight_decay.policy
-    return "" if policy == "width" else f", decay {policy}"
+def _told(config: DictConfig) -> list[str]:
+    """Return what tells runs apart that decay by another policy than the default, or are a variant."""
+    policy = "width" if config.weight_decay is None else config.weight_decay.policy
+    return [*([] if policy == "width" else [f"decay {policy}"]), *([config.variant] if config.variant else [])]
 
 
 def flattened(config: DictConfig) -> dict[str, Any]:

@@ -300,6 +300,8 @@ class _Runs:
             branches=choices.branches,
             forward=choices.forward,
             lr_multipliers=choices.lr_multipliers,
+            lr_powers=choices.lr_powers,
+            eps=choices.eps,
             batch=choices.batch,
             multipliers=choices.multipliers,
         )

@@ -32,7 +32,7 @@ from lightning_mup.core.method import Method
 from lightning_mup.core.multipliers import ForwardMultiplier, install_multipliers, silent
 from lightning_mup.core.plan import ParamPlan, Plan
 from lightning_mup.core.power import Power
-from lightning_mup.core.scaling import Choices, Multipliers, RulesLike, Scaling, read
+from lightning_mup.core.scaling import Choices, Epsilons, Multipliers, RulesLike, Scaling, read
 from lightning_mup.strategies.mup_ddp import say_what_is_replicated
 
 
@@ -61,6 +61,9 @@ class Parametrize(Callback):
         forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
         lr_multipliers: factor on the learning rate by role or name pattern, a hyperparameter of the base. A role takes
             in all that the plan shows under it: keys and values of a fixed number of heads are outputs, too.
+        lr_powers: by role or name pattern, a further :class:`Power` on the learning rate, for a rule of your own beside
+            those of ``rules``: ``{"embedding": Power(fan_out=-1 / 2)}``.
+        eps: whether to ``"scale"`` epsilons as the rules say, or to ``"keep"`` them.
         batch: (batch size, base batch size); changes Adam's epsilon alone.
         multipliers: ``"fold"`` forward multipliers into initialization, rate and epsilon, or apply them by ``"hook"``.
         initialize: ``"scale"`` the module's own draws, ``"draw"`` anew from a generator seeded by each parameter's
@@ -97,6 +100,8 @@ class Parametrize(Callback):
         branches: Sequence[str] | None = None,
         forward: Mapping[str, Power] | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        lr_powers: Mapping[str, Power] | None = None,
+        eps: Epsilons = "scale",
         batch: tuple[int, int] = (1, 1),
         multipliers: Multipliers = "fold",
         initialize: Initialize = "scale",
@@ -110,6 +115,8 @@ class Parametrize(Callback):
             branches=branches,
             forward=dict(forward or {}),
             lr_multipliers=dict(lr_multipliers or {}),
+            lr_powers=dict(lr_powers or {}),
+            eps=eps,
             batch=(batch[0], batch[1]),
             multipliers=multipliers,
         )

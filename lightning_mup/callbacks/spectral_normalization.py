@@ -75,7 +75,8 @@ class SpectralNormalization(Callback):
             steps 1 to 10, where the spectral norm has width^0.02.
         iterations: iterations a step (>= 1), after the warm-up.
         warmup_steps: number of first steps that take five iterations each (>= 0).
-        vectors: how many vectors are iterated together (>= 1): 1 is the paper's estimate.
+        vectors: how many vectors are iterated together (>= 1): 1 is the paper's estimate, 8 follow noisy steps closer,
+            for a training step that takes one percent longer.
         roles: role or :class:`~lightning_mup.Layout` by name pattern, where there is no Parametrize beside.
         decay: what the ``weight_decay`` of an optimizer that nobody declared means, ``"coupled"`` or ``"l2"``.
 
@@ -102,7 +103,7 @@ class SpectralNormalization(Callback):
         readout: Readout = "spectral",
         iterations: int = 1,
         warmup_steps: int = 50,
-        vectors: int = 8,
+        vectors: int = 4,
         roles: Mapping[str, RoleLike] | None = None,
         decay: Decay | None = None,
     ) -> None:

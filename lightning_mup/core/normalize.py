@@ -52,7 +52,7 @@ class SpectralNormalize:
         if self.iterations < 1 or self.warmup_steps < 0:
             raise ValueError(f"iterations must be >= 1, warmup_steps >= 0, got {self.iterations}, {self.warmup_steps}")
         if self.vectors < 1:
-            raise ValueError(f"vectors must be >= 1, got {self.vectors}; 1 is the paper's estimate, 8 follow any step")
+            raise ValueError(f"vectors must be >= 1, got {self.vectors}; 1 is the paper's, 4 follow most steps")
 
     def init(self, param_NOI: torch.Tensor) -> State:
         """Return the vectors on the output side, from which the iteration goes on: [N, O], of several [N, K, O]."""

@@ -14,7 +14,7 @@ from lightning_mup.core.blocking import block_ratios
 from lightning_mup.core.doubts import check_depth, check_gains, check_products, warn_about_growth, warn_about_heads
 from lightning_mup.core.infer import RoleLike, infer, shared_names
 from lightning_mup.core.method import Method, Settings, Size, find_method
-from lightning_mup.core.patterns import match
+from lightning_mup.core.patterns import T, match
 from lightning_mup.core.plan import EpsValue, ParamPlan, Plan
 from lightning_mup.core.power import Power
 from lightning_mup.core.rules import Row, Rules, find_rules, without_depth
@@ -23,6 +23,7 @@ from lightning_mup.core.spec import ParamSpec, Role, as_roles_line
 
 RulesLike = str | Rules | Sequence[str | Rules]
 Multipliers = Literal["fold", "hook"]
+Epsilons = Literal["scale", "keep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Choices:
         forward: by name pattern, a forward multiplier that the model's own code lacks, as a :class:`Power`.
         lr_multipliers: by role or name pattern, a factor on the learning rate, a hyperparameter of the base. A tied
             readout has that of its embedding.
+        lr_powers: by role or name pattern, a further :class:`Power` on the learning rate, for rules of your own.
+        eps: whether to ``"scale"`` epsilons or ``"keep"`` them.
         batch: batch size and base batch size.
         multipliers: whether forward multipliers are folded into init, update and epsilon, or applied by hooks.
 
@@ -51,12 +54,16 @@ class Choices:
     branches: Sequence[str] | None = None
     forward: Mapping[str, Power] = field(default_factory=dict)
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    lr_powers: Mapping[str, Power] = field(default_factory=dict)
     batch: tuple[int, int] = (1, 1)
     multipliers: Multipliers = "fold"
+    eps: Epsilons = "scale"
 
     def __post_init__(self) -> None:
         if self.multipliers not in ("fold", "hook"):
             raise ValueError(f"multipliers must be 'fold' or 'hook', got {self.multipliers!r}")
+        if self.eps not in ("scale", "keep"):
+            raise ValueError(f"eps must be 'scale' or 'keep', got {self.eps!r}")
         if len(self.batch) != 2 or min(self.batch) <= 0:
             raise ValueError(f"batch must be (batch size, base batch size), both positive, got {self.batch!r}")
         bad = {key: value for key, value in self.lr_multipliers.items() if not value > 0}
@@ -76,6 +83,7 @@ class Scaling:
         choices: what the user said beyond.
         forward: forward multipliers by parameter name, beyond the rules'.
         lr_multipliers: factors on the learning rate by parameter name.
+        lr_powers: monomials on the learning rate by parameter name, beside the rules'.
     """
 
     specs: tuple[ParamSpec, ...]
@@ -83,6 +91,7 @@ class Scaling:
     choices: Choices
     forward: Mapping[str, Power]
     lr_multipliers: Mapping[str, float]
+    lr_powers: Mapping[str, Power]
 
     @classmethod
     def read(
@@ -104,7 +113,8 @@ class Scaling:
             rules=found,
             choices=choices,
             forward=match(choices.forward, names, "forward"),
-            lr_multipliers=_by_role_or_name(choices.lr_multipliers, specs, names),
+            lr_multipliers=_by_role_or_name(choices.lr_multipliers, specs, names, "lr_multipliers"),
+            lr_powers=_by_role_or_name(choices.lr_powers, specs, names, "lr_powers"),
         )
         if choices.multipliers == "fold":
             check_gains(specs, {spec.name: made.multiplier(spec) for spec in specs}, base)
@@ -132,14 +142,16 @@ class Scaling:
         """Return the whole row of a parameter under a method with its settings (one parameter group's)."""
         start, row = self.initial(spec), self._row(spec)
         lr: float = start.folded ** method.fold_exponent(spec, settings) * self.lr_multipliers.get(spec.name, 1.0)
+        lr *= spec.evaluate(self.lr_powers.get(spec.name, Power()))
         blocks = block_ratios(spec, settings)
         if row.update_norm is not None:
             wanted = row.update_norm / method.natural(spec, row, settings)
             lr *= spec.evaluate(wanted, blocks=blocks) * _own_factor(method, spec, settings)
         size, base_size = self.choices.batch
         ratios = Ratios(size / base_size, blocks)
+        scaled = None if row.update_norm is None or self.choices.eps == "keep" else row
         eps = {
-            key: _eps(size_of, spec, row, start.folded, ratios)
+            key: _eps(size_of, spec, scaled, start.folded, ratios)
             for key, size_of in method.sizes(spec, settings).items()
             if method.value(settings, key) is not None
         }
@@ -260,15 +272,14 @@ class Ratios(NamedTuple):
     blocks: tuple[float, float]
 
 
-def _eps(size: Size | tuple[Size, ...], spec: ParamSpec, row: Row, folded: float, ratios: Ratios) -> EpsValue:
+def _eps(size: Size | tuple[Size, ...], spec: ParamSpec, row: Row | None, folded: float, ratios: Ratios) -> EpsValue:
     if isinstance(size, tuple):
         return tuple(_one_eps(part, spec, row, folded, ratios) for part in size)
     return _one_eps(size, spec, row, folded, ratios)
 
 
-def _one_eps(size: Size, spec: ParamSpec, row: Row, folded: float, ratios: Ratios) -> float:
-    silent = row.update_norm is None
-    scaled = 1.0 if silent else spec.evaluate(size.power(row), batch=ratios.batch, blocks=ratios.blocks)
+def _one_eps(size: Size, spec: ParamSpec, row: Row | None, folded: float, ratios: Ratios) -> float:
+    scaled = 1.0 if row is None else spec.evaluate(size.power(row), batch=ratios.batch, blocks=ratios.blocks)
     return scaled * size.folded(folded)
 
 
@@ -287,21 +298,19 @@ def check_guesses(what: str, roles: Iterable[Role], specs: Iterable[ParamSpec]) 
 
 
 def _by_role_or_name(
-    given: Mapping[str, float], specs: Sequence[ParamSpec], names: Sequence[Sequence[str]]
-) -> dict[str, float]:
+    given: Mapping[str, T], specs: Sequence[ParamSpec], names: Sequence[Sequence[str]], what: str
+) -> dict[str, T]:
     roles = {Role(key): value for key, value in given.items() if key in _ROLE_WORDS}
-    check_guesses("lr_multipliers", roles, specs)
+    check_guesses(what, roles, specs)
     known = {s.role for s in specs} | ({Role.OUTPUT} if any(s.readout for s in specs) else set())
     unused = [role.value for role in roles if role not in known]
     if unused:
-        raise ValueError(
-            f"lr_multipliers name {unused}, but the model has only {sorted({s.role.value for s in specs})}"
-        )
+        raise ValueError(f"{what} name {unused}, but the model has only {sorted({s.role.value for s in specs})}")
     found = {s.name: roles[s.role] for s in specs if s.role in roles}
-    by_name = match({k: v for k, v in given.items() if k not in _ROLE_WORDS}, names, "lr_multipliers")
+    by_name = match({k: v for k, v in given.items() if k not in _ROLE_WORDS}, names, what)
     twice = sorted(found.keys() & by_name.keys())
     if twice:
-        raise ValueError(f"lr_multipliers name {twice} by role and by pattern; name each parameter once")
+        raise ValueError(f"{what} name {twice} by role and by pattern; name each parameter once")
     return found | by_name
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from lightning_mup.core.spec import Role
 from lightning_mup.data.synthetic import MarkovChain
-from lightning_mup.train import train
+from lightning_mup.train import plan_of, train
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = [
@@ -137,6 +139,33 @@ def test_experiment(tmp_path: Path, experiment: str) -> None:
     assert_trained(tmp_path, compose("train", overrides=words))
 
 
+RULES = {  # of hidden matrices' rate and weight decay at twice the base's width, for Muon with Adam beside; the label
+    "none": (1, 1 / 2, "mup"),
+    "sp": (1, 1, "sp, decay constant"),
+    "mup_only": (1, 1, "mup, decay constant"),
+    "decay_only": (1, 1 / 2, "sp"),
+    "adam_rule": (1 / 2, 1 / 2, "mup, Adam rule"),
+    "kimi_factor": (2**0.5, 1 / 2, "mup, Kimi factor"),
+    "eps_kept": (1, 1 / 2, "mup, eps kept"),
+    "decay_sqrt": (1, 2**-0.5, "mup, decay -0.5"),
+    "decay_square": (1, 1 / 4, "mup, decay -2.0"),
+}
+
+
+@pytest.mark.parametrize("ablation", options("ablation"))
+def test_ablation(tmp_path: Path, ablation: str) -> None:
+    """Each trains; each has the rate and the decay that it names, and a label of its own."""
+    config = tiny(tmp_path, "method=muon_adam", "weight_decay=width", f"ablation={ablation}")
+    assert_trained(tmp_path, config)
+    lr, factor, label = RULES[ablation]
+    hidden = next(p for p in plan_of(config).params if p.spec.role is Role.HIDDEN)
+    assert hidden.lr == pytest.approx(lr)
+    assert instantiate(config.weight_decay).policy.factor(hidden.spec) == pytest.approx(factor)
+    kept = all(value == 1 for p in plan_of(config).params for value in p.eps.values())
+    assert kept == (ablation == "eps_kept" or label.startswith("sp"))
+    assert json.loads((tmp_path / "run.json").read_text())["rules"] == label
+
+
 @pytest.mark.parametrize("debug", options("debug"))
 def test_debug(tmp_path: Path, debug: str) -> None:
     lines = [line for line in TINY if not line.startswith("budget")]
@@ -167,9 +196,19 @@ def test_the_rest_composes(tmp_path: Path, group: str) -> None:
 
 
 def test_every_group_is_held_by_a_test() -> None:
-    here = {"callbacks", "data", "debug", "experiment", "logger", "method", "model", "rules", "schedule", "strategy"}
-    elsewhere = {"hydra", "launcher", "sweep", "paper"}  # test_sweep.py, test_launchers.py, test_runs.py
-    assert {path.name for path in CONF.iterdir() if path.is_dir()} - {"__pycache__"} == here | elsewhere | {
-        "trainer",
-        "weight_decay",
+    here = {
+        "ablation",
+        "callbacks",
+        "data",
+        "debug",
+        "experiment",
+        "logger",
+        "method",
+        "model",
+        "rules",
+        "schedule",
+        "strategy",
     }
+    elsewhere = {"hydra", "launcher", "sweep", "paper"}  # test_sweep.py, test_launchers.py, test_runs.py
+    here |= {"strategy", "trainer", "weight_decay"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} - {"__pycache__"} == here | elsewhere

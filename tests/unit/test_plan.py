@@ -93,6 +93,23 @@ def test_rate_multipliers_leave_the_decay_per_step_alone() -> None:
     assert scaled[1].group_weight_decay == plain[1].group_weight_decay == plain[1].weight_decay
 
 
+def test_powers_of_ones_own_multiply_the_rules() -> None:
+    """A width four times the base, Adam's 1/fan_in: what is asked for beside comes on top, by role and by name."""
+    found = made(Choices(lr_powers={"hidden": Power(fan_in=1 / 2), "net.4.weight": Power(fan_in=-1)}))
+    assert found["net.2.weight"].lr == pytest.approx(1 / 4 * 2)
+    assert found["net.4.weight"].lr == pytest.approx(1 / 4 / 4)
+    assert found["net.0.weight"].lr == pytest.approx(1)
+    assert found["net.2.weight"].weight_decay == made()["net.2.weight"].weight_decay
+
+
+def test_epsilons_can_be_kept() -> None:
+    assert made()["net.2.weight"].eps == {"eps": pytest.approx(1 / 4)}
+    assert made(Choices(eps="keep"))["net.2.weight"].eps == {"eps": 1}
+    assert made(Choices(eps="keep"))["net.2.weight"].lr == made()["net.2.weight"].lr
+    with pytest.raises(ValueError, match="eps must be 'scale' or 'keep', got 'drop'"):
+        Choices(eps="drop")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -102,6 +119,7 @@ def test_rate_multipliers_leave_the_decay_per_step_alone() -> None:
             r"lr_multipliers: pattern 'net\.7\.weight' matches no parameter; ",
         ),
         (Choices(lr_multipliers={"hidden": 2, "net.2.weight": 3}), r"name \['net\.2\.weight'\] by role and by pattern"),
+        (Choices(lr_powers={"net.7.weight": Power()}), r"lr_powers: pattern 'net\.7\.weight' matches no parameter"),
         (Choices(forward={"net.9.weight": Power(fan_in=1)}), r"forward: pattern 'net\.9\.weight' matches no parameter"),
     ],
 )
