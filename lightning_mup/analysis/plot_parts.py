@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GREY, LIGHT = "#57606a", "#d0d7de"
 LABEL_GAP = 0.06
 """Between the middles of two labels of one line, of a panel's height."""
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's, told apart by everybody
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's, told apart by everybody
 _DARKEST, _LIGHTEST = 0.05, 0.74  # of the colour map viridis, whose yellow end is too pale on white
 _HEADROOM = 0.6  # above the highest optimum, of the span of optima
 _HUGE = 3.0  # spans above the highest optimum that losses may take up
@@ -46,7 +46,7 @@ def coloured(report: TransferReport, method: str) -> list[tuple[Group, str]]:
     """Return the groups of one panel, each with the colour of its parametrization."""
     rules = sorted(rules_of(report.groups), key=lambda name: name.startswith("sp"))  # mup is blue, sp comes last
     found = [group for group in report.groups if method_of(group) == method]
-    return [(group, _COLOURS[rules.index(group.rules) % len(_COLOURS)]) for group in found]
+    return [(group, COLOURS[rules.index(group.rules) % len(COLOURS)]) for group in found]
 
 
 def shade(size: int, report: TransferReport) -> tuple[float, ...]:

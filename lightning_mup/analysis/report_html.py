@@ -1,40 +1,28 @@
-"""A transfer report as one HTML page that needs nothing beside it: no script, no style sheet, no network."""
+"""A transfer report as one HTML page."""
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from lightning_mup.analysis import sentences
-from lightning_mup.analysis.groups import Group
+from lightning_mup.analysis.page import Drawn, figures, listing, page, paragraphs, table, table_of
 from lightning_mup.analysis.recommend import Recommendation
-from lightning_mup.analysis.runs import Run
+from lightning_mup.analysis.runs import Metric, Run
 from lightning_mup.analysis.transfer import WORDS, TransferReport, cells, number
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-p, li { max-width: 48rem; } .quiet { color: #57606a; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid #d0d7de; text-align: left; white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; } td.words { white-space: normal; } tr.base { background: #f3f6f9; }
-.stands { color: #1a7f37; font-weight: 600; } .moves { color: #c0272d; font-weight: 600; }
-.unclear { color: #57606a; font-weight: 600; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { max-width: 48rem; color: #57606a; }
-pre { background: #f3f6f9; padding: 0.8rem; overflow-x: auto; }
-"""
-_SHOWN = 40  # lines of a list; the others are counted
 
-
-def to_html(report: TransferReport, drawn: Sequence[tuple[str, str, bytes]], *, versions: Iterable[str] = ()) -> str:
+def to_html(
+    report: TransferReport, drawn: Sequence[Drawn], *, more: Iterable[str] = (), versions: Iterable[str] = ()
+) -> str:
     """Return the page.
 
     Args:
         report: what it is about.
         drawn: title, sentence and PNG of each picture.
+        more: HTML of further sections.
         versions: versions of packages that the runs used, as text.
 
     Examples:
@@ -42,28 +30,25 @@ def to_html(report: TransferReport, drawn: Sequence[tuple[str, str, bytes]], *, 
         >>> "&lt;data&gt;" in page, "<data>" in page
         (True, False)
     """
-    title = f"Transfer of the {WORDS[report.tuned]} over {report.axis}"
-    parts = [
-        f"<h1>{title}</h1>",
-        *_introduction(report),
-        "<h2>Result</h2>",
-        _drift_table(report),
-        *_recommended(report.recommended()),
-        f"<h2>Every {report.axis}</h2>",
-        _size_table(report),
-        *_reading(report),
-        "<h2>What tuning cost</h2>",
-        *_paragraphs(filter(None, map(sentences.of_cost, report.groups)), "No size beside the base was run."),
-        "<h2>Pictures</h2>",
-        *(_figure(*picture) for picture in drawn),
-        *([] if drawn else [f"<p>None: {_why_none(report)}.</p>"]),
-        *_runs(report),
-        *_background(report, versions),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    return page(
+        f"Transfer of the {WORDS[report.tuned]} over {report.axis}",
+        [
+            *_introduction(report),
+            "<h2>Result</h2>",
+            _drift_table(report),
+            *_recommended(report.recommended()),
+            f"<h2>Every {report.axis}</h2>",
+            _size_table(report),
+            *_reading(report),
+            "<h2>What tuning cost</h2>",
+            *paragraphs(filter(None, map(sentences.of_cost, report.groups)), "No size beside the base was run."),
+            "<h2>Pictures</h2>",
+            *figures(drawn),
+            *([] if drawn else [f"<p>None: {_why_none(report)}.</p>"]),
+            *more,
+            *_runs(report),
+            *background(report.data, report.metric, versions, _notes(report)),
+        ],
     )
 
 
@@ -121,22 +106,13 @@ def _drift_table(report: TransferReport) -> str:
         f"<p>The slope says by how many octaves (doublings) the best {WORDS[report.tuned]} moves when the "
         f"{report.axis} doubles: 0 is perfect transfer, -1 means that it halves.</p>"
     )
-    return _table(header, rows) + explained
+    return table_of(header, rows) + explained
 
 
 def _size_table(report: TransferReport) -> str:
-    rows = []
-    for group in report.groups:
-        for at in group.sizes:
-            mark = " class='base'" if at.size == group.base else ""
-            rows.append(f"<tr{mark}>" + "".join(f"<td>{escape(text)}</td>" for text in cells(group, at)) + "</tr>")
-    return _table(report.header(), rows)
-
-
-def _table(header: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "\n".join(rows)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    found = [(group, at) for group in report.groups for at in group.sizes]
+    bases = (i for i, (group, at) in enumerate(found) if at.size == group.base)
+    return table(report.header(), [cells(group, at) for group, at in found], marked=bases)
 
 
 def _recommended(chosen: Recommendation | None) -> list[str]:
@@ -145,25 +121,12 @@ def _recommended(chosen: Recommendation | None) -> list[str]:
     return ["<p>Train with (<code>recommended.yaml</code>):</p>", f"<pre>{escape(chosen.to_yaml())}</pre>"]
 
 
-def _figure(title: str, sentence: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    image = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
-    return f"<figure><h3>{escape(title)}</h3>{image}<figcaption>{escape(sentence)}</figcaption></figure>"
-
-
 def _runs(report: TransferReport) -> list[str]:
     unfinished = [f"{report.name_of(run)}: {_described(run)}, seed {run.seed}" for run in report.unfinished]
     counts = Counter(_described(run) for run in report.diverged)
     diverged = [f"{count} x {what}" if count > 1 else what for what, count in counts.items()]
     titled = (("Unfinished runs, left out", unfinished), ("Diverged runs, bounds of the optima", diverged))
-    return [line for title, texts in titled for line in (f"<h2>{title}</h2>", *_list(texts))]
-
-
-def _list(texts: Sequence[str]) -> list[str]:
-    if not texts:
-        return ["<p>None.</p>"]
-    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
-    return ["<ul>", *(f"<li>{escape(text)}</li>" for text in [*texts[:_SHOWN], *more]), "</ul>"]
+    return [line for title, texts in titled for line in (f"<h2>{title}</h2>", *listing(texts))]
 
 
 def _described(run: Run) -> str:
@@ -171,21 +134,23 @@ def _described(run: Run) -> str:
     return f"{run.method}, {run.rules}, {sizes}, lr {run.lr:.3g}, weight decay {run.weight_decay:.3g}"
 
 
-def _background(report: TransferReport, versions: Iterable[str]) -> list[str]:
-    loss = "validation loss after the last step" if report.metric == "val_loss" else "training loss of the last tenth"
+def background(data: str, metric: Metric, versions: Iterable[str], notes: Iterable[str] = ()) -> list[str]:
+    """Return the section that says what all runs share.
+
+    Examples:
+        >>> background("<1f>", "val_loss", [])[2]
+        '<li>Data: fingerprint &lt;1f&gt;, the same in all runs.</li>'
+    """
+    loss = "validation loss after the last step" if metric == "val_loss" else "training loss of the last tenth"
     lines = [
-        f"Data: fingerprint {report.data}, the same in all runs.",
+        f"Data: fingerprint {data}, the same in all runs.",
         f"Compared by: {loss}, in nats per token.",
         f"Versions: {'; '.join(versions) or 'not recorded'}.",
-        *(note for group in report.groups for note in _notes(group)),
-        *report.notes,
+        *notes,
     ]
-    return ["<h2>Background</h2>", *_list(lines)]
+    return ["<h2>Background</h2>", *listing(lines)]
 
 
-def _notes(group: Group) -> list[str]:
-    return [f"{group.label}, {at.size}: {at.optimum.note}." for at in group.sizes if at.optimum.note]
-
-
-def _paragraphs(texts: Iterable[str], otherwise: str) -> list[str]:
-    return [f"<p>{escape(text)}</p>" for text in texts] or [f"<p>{escape(otherwise)}</p>"]
+def _notes(report: TransferReport) -> list[str]:
+    unusual = [(g.label, at.size, at.optimum.note) for g in report.groups for at in g.sizes if at.optimum.note]
+    return [*(f"{label}, {size}: {note}." for label, size, note in unusual), *report.notes]

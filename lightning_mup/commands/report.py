@@ -1,4 +1,4 @@
-"""Report from runs whether what was tuned at the base is still best at other sizes, and what to train with."""
+"""Report from runs whether what was tuned at the base is best at other sizes, and what compute methods save."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import get_args
 from lightning_mup.analysis.groups import Axis, Tuned
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import Metric, read_runs
+from lightning_mup.analysis.savings import Cost
 
 EXAMPLE = "example: lightning-mup report runs/sweep --out report"
 
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write")
     parser.add_argument("--axis", choices=get_args(Axis), default="width", help="which size varies")
     parser.add_argument("--tuned", choices=get_args(Tuned), default="lr", help="which hyperparameter was tuned")
+    parser.add_argument("--baseline", metavar="METHOD", help="what others are compared with in compute (AdamW's runs)")
+    parser.add_argument("--cost", choices=get_args(Cost), default="flops", help="what compute is counted in")
     parser.add_argument("--loss", choices=get_args(Metric), default="val_loss", help="what runs are compared by")
 
 
@@ -35,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: runs cannot be read or compared.
     """
-    report, written = write_report(read_runs(*args.runs), args.out, axis=args.axis, tuned=args.tuned, metric=args.loss)
+    runs = read_runs(*args.runs)
+    settings = {"axis": args.axis, "tuned": args.tuned, "metric": args.loss}
+    report, written = write_report(runs, args.out, **settings, baseline=args.baseline, cost=args.cost)
     print(report.table())
-    if report.unfinished:
-        count = len(report.unfinished)
+    if count := sum(run.status == "unfinished" for run in runs):
         print(f"\n{count} unfinished {'run was' if count == 1 else 'runs were'} left out; report.html names them")
     for note in report.notes:
         print(f"note: {note}")

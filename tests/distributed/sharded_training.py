@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightning_mup as mup
-from lightning_mup import MupFSDPStrategy, Parametrize, SpectralNormalization, StackedOptimizer
+from lightning_mup import MupDDPStrategy, MupFSDPStrategy, Parametrize, SpectralNormalization, StackedOptimizer
 from lightning_mup.core.finite import NonFiniteGradientError
 from lightning_mup.core.sharding import ShardedOwnership
 from lightning_mup.strategies import division, mup_fsdp
@@ -54,8 +54,6 @@ Mesh = tuple[DeviceMesh, tuple[Placement, ...]]
 MANY = [(64, 64)] * 128
 TRAINED = [case for case in CASES if case not in DTYPES]
 SIZED = "sgd under SpectralNormalization"
-# Roots of nearly singular factors magnify the last digits of gradients, which are summed in other orders.
-PRECISE = [case for case in TRAINED if case.startswith("shampoo") or case in ("soap", "soap normalized")]
 
 
 def meshes(ranks: int) -> dict[str, Mesh]:
@@ -187,22 +185,11 @@ def optimizers(folder: Path, ranks: int) -> Result:
 # -- with a Trainer -------------------------------------------------------------------------------------------------
 
 
-class Precise(Net):
-    """Trains in float64."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.double()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step([part.double() for part in batch], batch_idx)
-
-
 def fit(strategy: Any, ranks: int, *callbacks: Callback, steps: int = STEPS, **kwargs: Any) -> Result:
     torch.manual_seed(1)
     resume, device = kwargs.pop("resume", None), kwargs.pop("device", "cpu")
     with torch.device(device):
-        module = kwargs.pop("kind", Net)(**kwargs.pop("module", {}))
+        module = Net(**kwargs.pop("module", {}))
     trainer = L.Trainer(
         accelerator="cpu",
         strategy=strategy,
@@ -224,7 +211,8 @@ def ways(ranks: int) -> dict[str, Callable[[], Any]]:
     """Return strategies by name; those of one process are none."""
     if ranks == 1:
         return {"one": lambda: "auto"}
-    found: dict[str, Callable[[], Any]] = {"fsdp": MupFSDPStrategy}
+    found: dict[str, Callable[[], Any]] = {"ddp": lambda: MupDDPStrategy(find_unused_parameters=True)}
+    found["fsdp"] = MupFSDPStrategy
     return found | ({"hsdp": lambda: MupFSDPStrategy(replicas=2)} if ranks == 4 else {})
 
 
@@ -233,10 +221,9 @@ def training(folder: Path, ranks: int) -> Result:
     found: Result = {}
     for way, strategy in ways(ranks).items():
         for case in TRAINED:
-            of = {"module": {"method": case}, "kind": Precise if case in PRECISE else Net}
-            found[f"{case}, {way}"] = fit(strategy(), ranks, **of, accumulate_grad_batches=2)
+            found[f"{case}, {way}"] = fit(strategy(), ranks, module={"method": case}, accumulate_grad_batches=2)
         sized = SpectralNormalization(roles={"seldom.weight": "hidden"})
-        found[f"{SIZED}, {way}"] = fit(strategy(), ranks, sized, module={"method": "sgd"}, kind=Precise)
+        found[f"{SIZED}, {way}"] = fit(strategy(), ranks, sized, module={"method": "sgd"})
     if ranks == 1:
         return found
     said: list[str] = []

@@ -69,7 +69,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def written(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TransferReport, Path]:
     out = tmp_path_factory.mktemp("out") / "new" / "folder"
-    report, files = write_report(read_runs(sweep), out)
+    found, files = write_report(read_runs(sweep), out)
+    report = found.transfer
+    assert report is not None
     assert {file.name for file in files} == FILES == {file.name for file in out.iterdir()}
     return report, out
 
