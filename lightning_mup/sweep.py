@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mup.core.plan import aligned
+from lightning_mup.ledger import Status, book, ledger_of
 from lightning_mup.sweep_axes import Combination, combinations, folder_name, quoted
 from lightning_mup.sweep_grid import Grid, Line
 
@@ -43,6 +44,7 @@ class Sweep:
         combinations: of the outer axes.
         folder: holds one folder per job.
         failures: why a job failed, by its folder.
+        ledger: file to which the cost of every job is added; ``ledger.jsonl`` beside the folder if None.
 
     Examples:
         >>> from lightning_mup.sweep_axes import Choice
@@ -62,11 +64,13 @@ class Sweep:
     combinations: Sequence[Combination]
     folder: Path
     failures: dict[Path, Exception] = field(default_factory=dict)
+    ledger: Path | None = None
 
     def __post_init__(self) -> None:
         keys = [self.grid.key, *(choice.key for made in self.combinations for choice in made.choices if choice.named)]
         self.names = [made.names(all_keys=keys) for made in self.combinations]
         self.lines = [Line(made.first, self.grid.max_extend) for made in self.combinations]
+        self.grids = [self.grid for _ in self.combinations]
         self.short_key = self.grid.key.rpartition(".")[2]
         if self.short_key in {name for names in self.names for name in names}:
             self.short_key = self.grid.key
@@ -82,12 +86,12 @@ class Sweep:
     def job_folder(self, job: tuple[int, int]) -> Path:
         """Return a job's folder, which its overrides name."""
         i, k = job
-        return self.folder / folder_name({**self.names[i], self.short_key: self.grid.label(k)})
+        return self.folder / folder_name({**self.names[i], self.short_key: self.grids[i].label(k)})
 
     def overrides(self, job: tuple[int, int]) -> tuple[str, ...]:
         """Return a job's overrides, without that of its folder."""
         i, k = job
-        return (*map(str, self.combinations[i].choices), f"{self.grid.key}={self.grid.value(k)!r}")
+        return (*map(str, self.combinations[i].choices), f"{self.grid.key}={self.grids[i].value(k)!r}")
 
     def record(self, job: tuple[int, int], returned: JobReturn) -> None:
         """Take what a job returned, or the exception that ended it.
@@ -109,15 +113,44 @@ class Sweep:
         known = dict.fromkeys(name for names in self.names for name in names)
         axes = [name for name in known if len({names.get(name) for names in self.names}) > 1]
         rows = [[*axes, "best", "loss", "state", "grid"]]
-        for names, line in zip(self.names, self.lines, strict=True):
+        for names, grid, line in zip(self.names, self.grids, self.lines, strict=True):
             best = line.best
-            shown = ["-", "-"] if best is None else [self.grid.label(best), _shown(line.losses[best])]
-            rows.append([*(names.get(axis, "") for axis in axes), *shown, line.state, self._along(line)])
+            shown = ["-", "-"] if best is None else [grid.label(best), _shown(line.losses[best])]
+            rows.append([*(names.get(axis, "") for axis in axes), *shown, line.state, _along(grid, line)])
         return "\n".join(aligned(rows))
 
-    def _along(self, line: Line) -> str:
-        points = {k: _shown(loss) for k, loss in line.losses.items()} | dict.fromkeys(line.failed, "failed")
-        return "  ".join(f"{self.grid.label(k)} {points[k]}" for k in sorted(points))
+    def conclude(self) -> None:
+        """Say after the last round what is still open.
+
+        Raises:
+            SweepError: jobs failed.
+        """
+        edges = [folder_name(n) for n, line in zip(self.names, self.lines, strict=True) if line.state == "edge"]
+        if edges:
+            log.warning("the best value is at the edge of the grid for %s; %s", "; ".join(edges), self._remedy())
+        if self.failures:
+            rows = [f"  {folder}: {type(error).__name__}: {error}" for folder, error in self.failures.items()]
+            done = sum(len(line.losses) for line in self.lines)
+            again = "The same command runs these again."
+            raise SweepError("\n".join([f"{len(rows)} of {len(rows) + done} jobs failed:", *rows, again]))
+
+    def book(self, jobs: Sequence[tuple[int, int]]) -> None:
+        """Add what jobs cost to the ledger; those that are booked already add nothing.
+
+        Args:
+            jobs: jobs that were recorded.
+        """
+        ended = {self.job_folder(job): self._status(job) for job in jobs}
+        book(self.ledger or ledger_of(self.folder), self.folder, ended)
+
+    def _remedy(self) -> str:
+        return f"give hydra.sweeper.grid.max_extend={2 * self.grid.max_extend + 2} or another centre"
+
+    def _status(self, job: tuple[int, int]) -> Status:
+        i, k = job
+        if k in self.lines[i].failed:
+            return "failed"
+        return "diverged" if math.isinf(self.lines[i].losses[k]) else "finished"
 
 
 def planned(
@@ -127,6 +160,7 @@ def planned(
     axes: Mapping[str, Sequence[object]],
     grid: Grid,
     loader: ConfigLoader,
+    ledger: str | None = None,
 ) -> Sweep:
     """Return a sweep before its first round.
 
@@ -136,12 +170,13 @@ def planned(
         axes: override key to the values of an outer axis.
         grid: the grid within each combination.
         loader: composes configurations.
+        ledger: file to which costs are added; ``ledger.jsonl`` beside the sweep's folder if None.
 
     Raises:
         ValueError: the axes or the grid do not fit the configuration.
     """
     made = combinations(master, arguments, axes=axes, grid=grid, loader=loader)
-    return Sweep(grid, made, Path(str(master.hydra.sweep.dir)))
+    return Sweep(grid, made, Path(str(master.hydra.sweep.dir)), ledger=Path(ledger) if ledger else None)
 
 
 def from_words(words: Sequence[str]) -> tuple[DictConfig, Sweep | None]:
@@ -166,7 +201,7 @@ def from_words(words: Sequence[str]) -> tuple[DictConfig, Sweep | None]:
         if "grid" not in settings:
             return master, None
         arguments = cast(list[str], OmegaConf.to_container(master.hydra.overrides.task, resolve=False))
-        return master, planned(master, arguments, axes=settings.axes, grid=instantiate(settings.grid), loader=loader)
+        return master, instantiate(settings).planned(master, arguments, loader=loader)
 
 
 def run_rounds(sweep: Sweep, *, launcher: Launcher) -> None:
@@ -185,9 +220,10 @@ def run_rounds(sweep: Sweep, *, launcher: Launcher) -> None:
         log.info("round %d: %d jobs for %d combinations", number, len(jobs), len({i for i, _ in jobs}))
         for job, returned in zip(jobs, _launch(launcher, sweep, jobs, count), strict=True):
             sweep.record(job, returned)
+        sweep.book(jobs)
         count += len(jobs)
         log.info("after round %d, in %s:\n%s", number, sweep.folder, sweep.table())
-    _conclude(sweep)
+    sweep.conclude()
 
 
 def _launch(launcher: Launcher, sweep: Sweep, jobs: Sequence[tuple[int, int]], count: int) -> Sequence[JobReturn]:
@@ -202,21 +238,10 @@ def _loss(value: object) -> float:
     return float(value)
 
 
+def _along(grid: Grid, line: Line) -> str:
+    points = {k: _shown(loss) for k, loss in line.losses.items()} | dict.fromkeys(line.failed, "failed")
+    return "  ".join(f"{grid.label(k)} {points[k]}" for k in sorted(points))
+
+
 def _shown(loss: float) -> str:
     return "diverged" if math.isinf(loss) else f"{loss:.4f}"
-
-
-def _conclude(sweep: Sweep) -> None:
-    open_ones = [folder_name(n) for n, line in zip(sweep.names, sweep.lines, strict=True) if line.state == "edge"]
-    if open_ones:
-        log.warning(
-            "the best value is at the edge of the grid for %s; give hydra.sweeper.grid.max_extend=%d or another centre",
-            "; ".join(open_ones),
-            2 * sweep.grid.max_extend + 2,
-        )
-    if sweep.failures:
-        rows = [f"  {folder}: {type(error).__name__}: {error}" for folder, error in sweep.failures.items()]
-        done = sum(len(line.losses) for line in sweep.lines)
-        raise SweepError(
-            "\n".join([f"{len(rows)} of {len(rows) + done} jobs failed:", *rows, "The same command runs these again."])
-        )

@@ -12,7 +12,7 @@ State = Literal["interior", "open", "edge", "failed"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Values ``2^(step k)`` of one hyperparameter, with whole ``k`` around a centre.
+    """Values ``2^(offset + step k)`` of one hyperparameter, with whole ``k`` around a centre.
 
     The values do not depend on the centre, so that grids around different centres share their points.
 
@@ -22,6 +22,7 @@ class Grid:
         radius: points on either side of the centre in the first round (>= 1).
         step: exponent of two between neighbours (> 0).
         max_extend: points that one line may get beyond those of the first round (>= 0).
+        offset: exponent of two at ``k = 0``.
 
     Raises:
         ValueError: a setting is out of range.
@@ -37,6 +38,7 @@ class Grid:
     radius: int = 2
     step: float = 1.0
     max_extend: int = 6
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.centre is not None:
@@ -58,16 +60,20 @@ class Grid:
         """
         centre = self.centre if self.centre is not None else centre
         _check_centre(self.key, centre)
-        middle = round(math.log2(centre) / self.step)
+        middle = round((math.log2(centre) - self.offset) / self.step)
         return tuple(range(middle - self.radius, middle + self.radius + 1))
 
+    def log2(self, k: int) -> float:
+        """Return ``offset + step k``."""
+        return self.offset + self.step * k
+
     def value(self, k: int) -> float:
-        """Return ``2^(step k)``."""
-        return float(2.0 ** (self.step * k))
+        """Return ``2^(offset + step k)``."""
+        return float(2.0 ** self.log2(k))
 
     def label(self, k: int) -> str:
         """Return the value as people and file systems read it, such as ``2^-4``."""
-        return f"2^{self.step * k:g}"
+        return f"2^{self.log2(k):g}"
 
 
 def _check_centre(key: str, centre: object) -> None:

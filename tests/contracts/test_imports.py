@@ -35,12 +35,16 @@ MAY_IMPORT = {
     "compose_errors": {"core", "compose_errors"},
     "sweep_grid": {"sweep_grid"},
     "sweep_axes": {"sweep_grid", "sweep_axes"},
-    "sweep": {"core", "sweep_grid", "sweep_axes", "sweep"},
+    "sweep": {"core", "ledger", "sweep_grid", "sweep_axes", "sweep"},
+    "ledger": {"core", "ledger"},
+    "telescope": {"core", "analysis", "sweep_grid", "telescope"},
+    "sweep_telescope": {"core", "analysis", "sweep", "sweep_axes", "sweep_grid", "telescope", "sweep_telescope"},
+    "run_cost": {"budget", "train", "run_cost"},
     "launch": {"sweep_axes", "launch"},
     "callbacks": MIDDLE,
     "strategies": MIDDLE,
     "__init__": MIDDLE | {"run_log", "__init__"},
-    "commands": MIDDLE | {"compose_errors", "sweep", "sweep_axes", "train", "commands"},
+    "commands": MIDDLE | {"budget", "horizon", "compose_errors", "sweep", "sweep_axes", "train", "commands"},
     "cli": MIDDLE | {"__init__", "commands", "cli"},
     "train": MIDDLE | {"__init__", "budget", "language", "run_log", "tracking", "launch", "sweep_axes", "train"},
 }
@@ -48,6 +52,7 @@ KNOWS_LIGHTNING = {"data", "callbacks", "strategies", "language", "run_log", "tr
 KNOWS_LIGHTNING |= {"__init__", "commands", "cli", "train"}
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 KNOWS_HYDRA = {"compose_errors", "sweep", "sweep_axes", "launch", "commands", "train"}
+KNOWS_HYDRA |= {"sweep_telescope", "run_cost"}
 HYDRA = {"hydra", "omegaconf"}
 # third-party packages that a function may import, because they are extras or slow to load
 MAY_HIDE = {"datasets", "hydra", "matplotlib", "omegaconf", "rich", "submitit", "tokenizers", "wandb"}

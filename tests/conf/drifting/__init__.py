@@ -1,0 +1,1 @@
+"""A Hydra program of somebody else whose optimum drifts with the width, for tests of telescoping sweeps."""
