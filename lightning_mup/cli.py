@@ -12,12 +12,25 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lightning_mup.commands import check, data, known, measure, plan, report, slurm, sweep_file, train, transfer
+from lightning_mup.commands import (
+    check,
+    data,
+    known,
+    measure,
+    plan,
+    recommend,
+    report,
+    slurm,
+    sweep_file,
+    train,
+    transfer,
+)
 
 _COMMANDS = {
     "train": train,
     "transfer": transfer,
     "report": report,
+    "recommend": recommend,
     "slurm": slurm,
     "sweep-file": sweep_file,
     "plan": plan,

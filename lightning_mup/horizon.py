@@ -161,10 +161,34 @@ def power_plateau(lr: float, batch: float, scale: float = 4.6, exponent: float =
     Reference:
         Power scheduler (arXiv:2408.13359).
     """
-    if not -math.inf < exponent < 0:
-        raise ValueError(f"exponent must be < 0, got {exponent!r}; the rate falls with tokens, say -0.51")
     law = _positive("batch", batch) * _positive("scale", scale)
-    return float((_positive("lr", lr) / law) ** (1 / exponent))
+    return float((_positive("lr", lr) / law) ** (1 / _falling(exponent)))
+
+
+def power_lr(batch: float, tokens: float, scale: float = 4.6, exponent: float = -0.51) -> float:
+    """Return ``batch scale tokens^exponent``: the peak rate of a run of so many tokens, by the power scheduler's law.
+
+    Fitted to warm-up, plateau and decay under muP, where it holds for all widths: it is the rate at the base. The power
+    scheduler itself follows it during the run; see :func:`power_plateau` for that, and for the two constants.
+
+    Args:
+        batch: batch size, in the unit of ``scale`` (> 0).
+        tokens: length of the run (> 0).
+        scale: a (> 0).
+        exponent: b (< 0).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Examples:
+        >>> round(power_lr(batch=100, tokens=1.6e9, scale=4.0, exponent=-0.5), 12)
+        0.01
+
+    Reference:
+        Power scheduler (arXiv:2408.13359).
+    """
+    law = _positive("batch", batch) * _positive("scale", scale)
+    return float(law * _positive("tokens", tokens) ** _falling(exponent))
 
 
 # -- the time scale of weight decay -------------------------------------------------------------------------------
@@ -265,3 +289,9 @@ def _positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}; give it as a plain number")
     return value
+
+
+def _falling(exponent: float) -> float:
+    if not -math.inf < exponent < 0:
+        raise ValueError(f"exponent must be < 0, got {exponent!r}; the rate falls with tokens, say -0.51")
+    return exponent
