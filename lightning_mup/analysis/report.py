@@ -7,11 +7,13 @@ import importlib.util
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lightning_mup.analysis.costs import cost_parts
 from lightning_mup.analysis.features import Feature, feature_changes
 from lightning_mup.analysis.groups import Axis, Tuned
+from lightning_mup.analysis.laws import Laws, find_laws, law_parts
 from lightning_mup.analysis.page import Drawn, page
 from lightning_mup.analysis.report_html import background, to_html
 from lightning_mup.analysis.runs import Metric, Run
@@ -20,7 +22,9 @@ from lightning_mup.analysis.savings_html import savings_parts
 from lightning_mup.analysis.savings_plots import pictures_of
 from lightning_mup.analysis.transfer import TransferReport, plain, transfer_table
 from lightning_mup.analysis.transfer_plots import Picture, pictures, render, save_pictures
+from lightning_mup.ledger import Ledger
 
+_UNBOOKED = Ledger(())
 _SWEPT = 2  # sizes at which values were tried; one alone says nothing of transfer
 
 
@@ -32,11 +36,15 @@ class Report:
         transfer: whether what was tuned stands; None where one size alone was swept, and there are savings.
         savings: what methods save in compute; None where there is no baseline at two sizes, or no other method.
         features: how much features change, at each size.
+        ledger: what all attempts cost; empty where nobody booked them.
+        laws: how the loss of the methods that are compared falls with compute; None without savings.
     """
 
     transfer: TransferReport | None
     savings: Savings | None
     features: tuple[Feature, ...] = ()
+    ledger: Ledger = _UNBOOKED
+    laws: Laws | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -63,6 +71,7 @@ def find_report(
     metric: Metric = "val_loss",
     baseline: str | None = None,
     cost: Cost = "flops",
+    ledger: Ledger = _UNBOOKED,
 ) -> Report:
     """Analyse runs; see :func:`write_report` for the arguments and errors.
 
@@ -74,10 +83,11 @@ def find_report(
     """
     compared = bool(baseline) or can_compare(runs)
     savings = find_savings(runs, baseline=baseline, cost=cost, metric=metric) if compared else None
+    laws = find_laws(savings) if savings else None
     if savings and not _swept(runs, axis, tuned):
-        return Report(None, savings)
+        return Report(None, savings, ledger=ledger, laws=laws)
     transfer = transfer_table(runs, axis=axis, tuned=tuned, metric=metric)
-    return Report(transfer, savings, tuple(feature_changes(transfer.groups)))
+    return Report(transfer, savings, tuple(feature_changes(transfer.groups)), ledger, laws)
 
 
 def write_report(
@@ -89,6 +99,7 @@ def write_report(
     metric: Metric = "val_loss",
     baseline: str | None = None,
     cost: Cost = "flops",
+    ledger: Ledger = _UNBOOKED,
 ) -> tuple[Report, list[Path]]:
     """Analyse runs and write ``report.html``, ``.json``, ``.csv`` and ``.png``, ``savings.csv``, ``recommended.yaml``.
 
@@ -105,6 +116,7 @@ def write_report(
         baseline: the runs that others are compared with in compute, see
             :func:`~lightning_mup.analysis.savings.find_savings`; None for AdamW's or Adam's, where there are any.
         cost: what compute is counted in.
+        ledger: what all attempts cost, see :func:`~lightning_mup.analysis.costs.booked`.
 
     Returns:
         The report, and the files that were written.
@@ -119,14 +131,14 @@ def write_report(
         ValueError: none of the 0 runs has ended; a report needs runs with a result.json
     """
     runs, folder = list(runs), Path(folder)
-    report = find_report(runs, axis=axis, tuned=tuned, metric=metric, baseline=baseline, cost=cost)
+    report = find_report(runs, axis=axis, tuned=tuned, metric=metric, baseline=baseline, cost=cost, ledger=ledger)
     drawing = importlib.util.find_spec("matplotlib") is not None
     of_transfer = pictures(report.transfer, report.features) if report.transfer and drawing else []
     of_savings = pictures_of(report.savings) if report.savings and drawing else []
     folder.mkdir(parents=True, exist_ok=True)
     chosen = report.transfer.recommended() if report.transfer else None
     texts = {
-        "report.html": _html(report, _rendered(of_transfer), _rendered(of_savings), versions_of(runs)),
+        "report.html": _html(report, runs, _rendered(of_transfer), _rendered(of_savings)),
         "report.json": _json(report),
         "report.csv": _csv(report.transfer.rows()) if report.transfer else None,
         "savings.csv": _csv(report.savings.rows()) if report.savings else None,
@@ -166,8 +178,10 @@ def _rendered(drawn: Iterable[Picture]) -> list[Drawn]:
     return [(picture.title, picture.sentence, render(picture)) for picture in drawn]
 
 
-def _html(report: Report, of_transfer: list[Drawn], of_savings: list[Drawn], versions: list[str]) -> str:
+def _html(report: Report, runs: Sequence[Run], of_transfer: list[Drawn], of_savings: list[Drawn]) -> str:
     more = savings_parts(report.savings, of_savings) if report.savings else []
+    more += law_parts(report.laws) if report.laws else []
+    more, versions = [*more, *cost_parts(report.ledger, runs)], versions_of(runs)
     if report.transfer:
         return to_html(report.transfer, of_transfer, more=more, versions=versions)
     assert report.savings is not None
@@ -188,6 +202,10 @@ def _json(report: Report) -> str:
         found["features"] = plain([feature.row() for feature in report.features])
     if report.savings:
         found["savings"] = plain(report.savings.as_dict())
+    if report.laws:
+        found["laws"] = plain(report.laws.as_dict())
+    if report.ledger.entries:
+        found["ledger"] = {name: asdict(total) for name, total in report.ledger.totals("sweep").items()}
     return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 

@@ -40,6 +40,9 @@ def to_html(
             f"<h2>Every {report.axis}</h2>",
             _size_table(report),
             *_reading(report),
+            "<h3>Transfer in three more numbers</h3>",
+            _quality_table(report),
+            *_reading_of_quality(),
             "<h2>What tuning cost</h2>",
             *paragraphs(filter(None, map(sentences.of_cost, report.groups)), "No size beside the base was run."),
             "<h2>Pictures</h2>",
@@ -107,6 +110,24 @@ def _drift_table(report: TransferReport) -> str:
         f"{report.axis} doubles: 0 is perfect transfer, -1 means that it halves.</p>"
     )
     return table_of(header, rows) + explained
+
+
+def _quality_table(report: TransferReport) -> str:
+    header = ["runs of", "error of the power law, octaves", "exponent of an error's price", "lost in the limit, nats"]
+    rows = [[g.label, str(q.fit_error), str(q.robustness), str(q.penalty)] for g, q in report.qualities()]
+    return table(header, rows)
+
+
+def _reading_of_quality() -> list[str]:
+    return [
+        "<ul class='quiet'>",
+        "<li><b>error of the power law</b>: how far the optima are off the line by which they are extrapolated, beyond "
+        "their own noise.</li>",
+        "<li><b>exponent of an error's price</b>: what one octave off costs grows with size to this power; below 0, "
+        "larger models forgive more.</li>",
+        "<li><b>lost in the limit</b>: the loss that is lost by not tuning again, extrapolated to endless size.</li>",
+        "</ul>",
+    ]
 
 
 def _size_table(report: TransferReport) -> str:

@@ -23,6 +23,7 @@ COSTS: dict[Cost, str] = {
 BASELINES = ("adamw", "adam")
 """Methods to compare with where nobody says which, first known first."""
 _SIZES = 2
+_ALIKE = 2.0  # tokens per parameter that differ by more are no frontier: the larger models were trained too little
 _Settings = tuple[float, float]
 
 
@@ -35,6 +36,7 @@ class Carried:
         lr: learning rate at the base.
         weight_decay: fraction removed per step at the base.
         runs: the runs with these, smallest first, repeats included.
+        trials: their costs and losses.
         others: number of runs with other settings, which are left out.
     """
 
@@ -42,6 +44,7 @@ class Carried:
     lr: float
     weight_decay: float
     runs: tuple[Run, ...]
+    trials: tuple[Trial, ...]
     others: int = 0
 
     @property
@@ -171,13 +174,12 @@ def find_savings(
     data = check_same_data(ended)
     if unfinished := len(kept) - len(ended):
         notes.append(f"left out, because they are unfinished: {unfinished} runs")
-    carried = _carried(ended, metric)
+    carried = _carried(ended, cost, metric)
     chosen = _baseline(carried, baseline)
     multipliers, refused = {}, {}
-    trials = {label: _trials(found.runs, cost, metric) for label, found in carried.items()}
     for label in carried.keys() - {chosen}:
         try:
-            multipliers[label] = compute_multiplier(trials[chosen], trials[label])
+            multipliers[label] = compute_multiplier(carried[chosen].trials, carried[label].trials)
         except ValueError as error:
             refused[label] = str(error)
     order = [chosen, *(label for label in carried if label != chosen)]
@@ -189,25 +191,37 @@ def find_savings(
         carried={label: carried[label] for label in order},
         multipliers={label: multipliers[label] for label in order if label in multipliers},
         refused=refused,
-        notes=tuple([*notes, *_left_out(carried.values())]),
+        notes=tuple([*notes, *_uneven(carried[chosen]), *_left_out(carried.values())]),
     )
 
 
-def can_compare(runs: Sequence[Run], baseline: str | None = None) -> bool:
-    """Return whether runs hold a baseline at two sizes and another method beside: whether savings can be asked for."""
-    ended = [run for run in runs if run.status != "unfinished"]
-    sizes: dict[str, set[tuple[int, int]]] = defaultdict(set)
-    for run in ended:
-        sizes[_label(run)].add((run.width, run.depth))
-    chosen = _named(list(sizes), baseline)
-    return chosen is not None and len(sizes[chosen]) >= _SIZES and len(sizes) > 1
+def can_compare(runs: Iterable[Run]) -> bool:
+    """Return whether runs are meant to show savings: a baseline at two sizes, other methods, tokens as sizes grow.
+
+    Examples:
+        >>> can_compare([])
+        False
+    """
+    ratios: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.status != "unfinished":
+            ratios[_label(run)][run.params] = run.max_steps * run.tokens_per_step / run.params
+    chosen = _named(list(ratios), None)
+    if chosen is None or len(ratios) == 1 or len(ratios[chosen]) < _SIZES:
+        return False
+    return _spread(ratios[chosen].values()) <= _ALIKE
+
+
+def _spread(ratios: Iterable[float]) -> float:
+    ratios = list(ratios)
+    return max(ratios) / min(ratios)
 
 
 def _label(run: Run) -> str:
     return f"{run.method}, {run.rules}"
 
 
-def _carried(runs: Sequence[Run], metric: Metric) -> dict[str, Carried]:
+def _carried(runs: Sequence[Run], cost: Cost, metric: Metric) -> dict[str, Carried]:
     grouped: dict[str, dict[_Settings, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.params, run.max_steps, run.seed)):
         grouped[_label(run)][run.lr, run.weight_decay].append(run)
@@ -215,7 +229,8 @@ def _carried(runs: Sequence[Run], metric: Metric) -> dict[str, Carried]:
     for label, by_settings in sorted(grouped.items()):
         (lr, decay), chosen = min(by_settings.items(), key=lambda item: _order(item[1], metric))
         total = sum(len(group) for group in by_settings.values())
-        found[label] = Carried(label, lr, decay, tuple(chosen), total - len(chosen))
+        trials = tuple(_trials(chosen, cost, metric))
+        found[label] = Carried(label, lr, decay, tuple(chosen), trials, total - len(chosen))
     return found
 
 
@@ -266,6 +281,14 @@ def _cost_of(run: Run, cost: Cost) -> float:
     return run.max_steps * run.tokens_per_step * each
 
 
+def _uneven(carried: Carried) -> list[str]:
+    ratio = _spread(run.max_steps * run.tokens_per_step / run.params for run in carried.runs)
+    if ratio <= _ALIKE:
+        return []
+    what = f"{carried.label}: tokens per parameter differ by a factor of {ratio:.2g}"
+    return [f"{what}, so that its larger models are not what their compute can reach"]
+
+
 def _left_out(carried: Iterable[Carried]) -> list[str]:
     return [
         f"{found.label}: {found.others} runs with other settings than lr {found.lr:.3g}, weight decay "
@@ -276,4 +299,4 @@ def _left_out(carried: Iterable[Carried]) -> list[str]:
 
 
 def _interval(found: Multiplier) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"

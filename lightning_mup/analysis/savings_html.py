@@ -51,7 +51,7 @@ def _rows(savings: Savings) -> list[list[str]]:
             f"{row.cost:.3g}",
             number(row.loss),
             f"{row.baseline_cost:.3g}",
-            f"below {row.high:.2f}" if row.diverged else f"{row.multiplier:.2f} [{row.low:.2f}, {row.high:.2f}]",
+            f"below {row.high:.2f}" if row.diverged else f"{row.multiplier:.3g} [{row.low:.3g}, {row.high:.3g}]",
             str(row.runs),
             row.note,
         ]

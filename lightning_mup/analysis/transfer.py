@@ -12,6 +12,7 @@ from typing import get_args
 
 from lightning_mup.analysis.drift import TOLERANCE
 from lightning_mup.analysis.groups import AtSize, Axis, Group, Tuned, make_groups
+from lightning_mup.analysis.quality import TransferQuality, transfer_quality
 from lightning_mup.analysis.recommend import Recommendation, recommend
 from lightning_mup.analysis.runs import Metric, Run, check_same_data, listed, without_repeats
 from lightning_mup.core.plan import aligned
@@ -67,6 +68,10 @@ class TransferReport:
         """Return one line per group: how its optimum moves with size."""
         return [f"{g.label}: best {WORDS[self.tuned]} against {self.axis}: slope {g.drift}" for g in self.groups]
 
+    def qualities(self) -> list[tuple[Group, TransferQuality]]:
+        """Return each group with its :class:`~lightning_mup.analysis.quality.TransferQuality`."""
+        return [(group, transfer_quality(group)) for group in self.groups]
+
     def name_of(self, run: Run) -> str:
         """Return a run's folder, relative to the one that holds all runs."""
         runs = [run for group in self.groups for at in group.sizes for run in at.runs]
@@ -81,7 +86,7 @@ class TransferReport:
             "tuned": self.tuned,
             "metric": self.metric,
             "data": self.data,
-            "groups": [_drift_row(group) for group in self.groups],
+            "groups": [_drift_row(group) | _quality_row(quality) for group, quality in self.qualities()],
             "sizes": self.rows(),
             "recommended": chosen.settings if chosen else None,
             "unfinished": [self.name_of(run) for run in self.unfinished],
@@ -216,6 +221,15 @@ def cells(group: Group, at: AtSize) -> list[str]:
     failed = sum(run.status == "diverged" for run in at.runs)
     shown = [number(best.value, ".3g"), interval, number(best.loss), number(at.loss), lost]
     return [group.label, size, *shown, f"{len(at.runs)} ({failed})", add]
+
+
+def _quality_row(quality: TransferQuality) -> dict[str, object]:
+    found = {"fit_error": quality.fit_error, "robustness": quality.robustness, "penalty": quality.penalty}
+    return {
+        f"{name}{end}": getattr(estimate, key)
+        for name, estimate in found.items()
+        for end, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_note", "note"))
+    }
 
 
 def _drift_row(group: Group) -> dict[str, object]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from lightning_mup.analysis.costs import booked, said_of_cost
 from lightning_mup.analysis.groups import Axis, Tuned
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import Metric, read_runs
@@ -40,8 +41,11 @@ def run(args: argparse.Namespace) -> int:
     """
     runs = read_runs(*args.runs)
     settings = {"axis": args.axis, "tuned": args.tuned, "metric": args.loss}
-    report, written = write_report(runs, args.out, **settings, baseline=args.baseline, cost=args.cost)
+    ledger = booked(*args.runs)
+    report, written = write_report(runs, args.out, **settings, baseline=args.baseline, cost=args.cost, ledger=ledger)
     print(report.table())
+    if told := said_of_cost(ledger, runs):
+        print(f"\nin the ledger: {told}")
     if count := sum(run.status == "unfinished" for run in runs):
         print(f"\n{count} unfinished {'run was' if count == 1 else 'runs were'} left out; report.html names them")
     for note in report.notes:

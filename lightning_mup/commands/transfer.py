@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_mup import train
+from lightning_mup.analysis.costs import booked, said_of_cost
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import read_runs
 from lightning_mup.commands.train import hydra_main
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if code := hydra_main(args.words):
         return code
     folder, settings = sweep.folder / "report", config.report
-    report, written = write_report(read_runs(sweep.folder), folder, axis=settings.axis, tuned=settings.tuned)
-    print(f"\n{report.table()}\n\nwritten: {', '.join(map(str, written))}")
+    runs, ledger = read_runs(sweep.folder), booked(sweep.folder)
+    report, written = write_report(runs, folder, axis=settings.axis, tuned=settings.tuned, ledger=ledger)
+    print(f"\n{report.table()}\n\n{said_of_cost(ledger, runs)}\n\nwritten: {', '.join(map(str, written))}")
     train.log_report(config, report.rows(), folder)
     return 0

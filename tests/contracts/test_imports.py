@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "methods": {"core", "transforms", "methods"},
     "models": {"models"},
     "data": {"core", "data"},
-    "analysis": BOTTOM | {"analysis"},
+    "analysis": BOTTOM | {"ledger", "analysis"},
     "metrics": {"core", "metrics"},
     "schedules": {"core", "schedules"},
     "horizon": {"core", "horizon"},

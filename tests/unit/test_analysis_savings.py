@@ -26,7 +26,16 @@ NOISE = 0.001
 
 
 def compute(size: int) -> float:
-    return STEPS * 1024 * 60.0 * size**2
+    return steps(size) * 1024 * 60.0 * size**2
+
+
+def steps(size: int) -> int:
+    """Tokens as parameters."""
+    return STEPS * (size // SIZES[0]) ** 2
+
+
+def facts(planted: Planted, size: int, x: int, seed: int) -> dict[str, object]:
+    return facts_of(replace(planted, changes={"max_steps": steps(size)}), size, x, seed)
 
 
 def study(
@@ -46,7 +55,7 @@ def study(
                 for seed in range(seeds):
                     loss = 5 * (times * compute(size) / 1e12) ** -0.05 * math.exp(0.02 * (x + 7) ** 2)
                     name = folder / method / f"{size}-{x}-{seed}"
-                    write_run(name, facts_of(planted, size, x, seed), loss * math.exp(NOISE * random.standard_normal()))
+                    write_run(name, facts(planted, size, x, seed), loss * math.exp(NOISE * random.standard_normal()))
     return folder
 
 
@@ -93,8 +102,14 @@ def test_of_settings_run_at_all_sizes_the_smallest_size_chooses(tmp_path: Path) 
             for x in (-9, -7):
                 off = 0.02 * (x + (7 if size == SIZES[0] else 9)) ** 2
                 loss = 5 * (compute(size) / 1e12) ** -0.05 * math.exp(off)
-                write_run(tmp_path / f"{method}{size}{x}", facts_of(replace(planted, method=method), size, x, 0), loss)
+                write_run(tmp_path / f"{method}{size}{x}", facts(replace(planted, method=method), size, x, 0), loss)
     assert {carried.lr for carried in find_savings(read_runs(tmp_path)).carried.values()} == {2.0**-7}
+
+
+def test_a_sweep_at_fixed_tokens_is_no_frontier(tmp_path: Path) -> None:
+    runs = [replace(run, max_steps=STEPS) for run in runs_of(tmp_path, {"muon": 1.4})]
+    assert not can_compare(runs)
+    assert any("tokens per parameter differ by a factor of 16" in note for note in find_savings(runs).notes)
 
 
 def test_any_baseline(tmp_path: Path) -> None:
@@ -128,7 +143,7 @@ def test_a_run_that_diverged_is_a_bound(tmp_path: Path) -> None:
     planted = Planted(method="shampoo", sizes=SIZES)
     for size in SIZES:
         loss = math.inf if size == SIZES[-1] else 5 * (compute(size) / 1e12) ** -0.05
-        write_run(tmp_path / f"shampoo{size}", facts_of(planted, size, -7, 0), loss)
+        write_run(tmp_path / f"shampoo{size}", facts(planted, size, -7, 0), loss)
     found = find_savings(read_runs(tmp_path)).multipliers["shampoo, mup"]
     assert found.rows[-1].diverged
     assert found.trend.verdict == "unclear"
@@ -164,7 +179,7 @@ def test_a_sweep_at_all_sizes_has_both_stories(tmp_path: Path) -> None:
         for size in SIZES:
             for x in (-9, -8, -7, -6, -5):
                 loss = 5 * (times * compute(size) / 1e12) ** -0.05 * math.exp(0.02 * (x + 7) ** 2)
-                write_run(tmp_path / "runs" / f"{method}{size}{x}", facts_of(planted, size, x, 0), loss)
+                write_run(tmp_path / "runs" / f"{method}{size}{x}", facts(planted, size, x, 0), loss)
     report, files = write_report(read_runs(tmp_path / "runs"), tmp_path / "out")
     assert report.transfer is not None
     assert report.savings is not None
