@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_mup.analysis.laws import find_laws
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import Run, read_runs
 from lightning_mup.analysis.savings import can_compare, find_savings
@@ -130,6 +131,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, {"muon": 1.4}, sizes=(64,))
     assert not can_compare(runs)
     assert "muon, mup" in find_savings(runs).refused
+    assert find_laws(find_savings(runs)).refused == "no method has runs at 3 different costs"
     alone = [run for run in runs if run.method == "muon"]
     with pytest.raises(ValueError, match="no runs of adamw or adam to compare with"):
         find_savings(alone)
@@ -168,7 +170,10 @@ def test_the_report_has_a_section_of_its_own(tmp_path: Path, capsys: pytest.Capt
     assert "1 (baseline)" in page.cells
     assert all(source.startswith("data:image/png") for source in page.loaded)
     assert len(page.loaded) == 1
-    found = json.loads((tmp_path / "out" / "report.json").read_text())["savings"]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(written["laws"]["laws"]) == {"adamw, mup", "muon, mup"}
+    assert written["laws"]["checklist"]["data"] == "text-3fe1"
+    found = written["savings"]
     assert [method["group"] for method in found["methods"]] == ["adamw, mup", "muon, mup"]
     assert found["methods"][1]["low"] < 1.4 < found["methods"][1]["high"]
 
