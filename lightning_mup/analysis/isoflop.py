@@ -150,8 +150,8 @@ def fit_isoflop(
     B' by least squares for each budget, a and b averaged over pairs, which all budgets share, by how well they fit
     (Student's t). The noise is that of all budgets' misfit, and what is stated beside.
 
-    Measured, 200 trials for each noise of 0.1% to 0.4% (5 budgets of 7 sizes): the intervals cover the optimum, p, q and
-    the split at 100 times the largest budget in 95% to 98%.
+    Measured, 200 trials for each noise of 0.1% to 0.4% (5 budgets of 7 sizes): the intervals cover the optimum, p, q
+    and the split at 100 times the largest budget in 95% to 98%.
 
     Args:
         flops: FLOPs of each run (> 0), counted in one way.
