@@ -69,7 +69,7 @@ def law_parts(laws: Laws) -> list[str]:
     if laws.joint is None:
         return [title, *paragraphs([f"No law was fitted: {laws.refused}."])]
     rows = [
-        [label, str(law.estimates["C0"]), str(law.estimates["c"]), str(law.fitting.points)]
+        [label, str(law.estimates["C0"]), str(law.estimates["c"]), str(len(law.table["loss"]))]
         for label, law in laws.joint.laws.items()
     ]
     fitting = next(iter(laws.joint.laws.values())).fitting

@@ -183,3 +183,17 @@ def test_unbracketed_optima_are_left_out_by_name() -> None:
     assert math.isnan(alone.slope)
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
         fit_drift({64: fine}, tolerance=0)
+
+
+@pytest.mark.parametrize(("noise", "seeds"), [(0.001, 1), (0.002, 3)])
+def test_noisy_quadratics_are_found_to_a_tenth_of_a_notch(noise: float, seeds: int) -> None:
+    """In all of 30 trials, with rates an octave apart; the best run itself is off by more in most."""
+    random = np.random.default_rng(0)
+    off, best_off = [], []
+    for centre in random.uniform(-7.5, -6.5, 30):
+        xs = np.repeat(np.arange(-10.0, -3.0), seeds)
+        losses = 3 * np.exp(0.02 * (xs - centre) ** 2 + noise * random.standard_normal(len(xs)))
+        off.append(abs(find_optimum(xs.tolist(), losses.tolist(), noise=noise).log2_value - centre))
+        best_off.append(abs(xs[losses.argmin()] - centre))
+    assert max(off) < 0.1
+    assert np.median(best_off) > 0.1
