@@ -33,6 +33,7 @@ _NAMES = {"params": ("N0", "a", "A"), "tokens": ("D0", "b", "B"), "flops": ("C0"
 _TAILS = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))  # percent
 _NEAR = 1.05  # within this factor of a limit of the search
 _FEW = 0.05  # share of the starts
+_ENOUGH = 2  # runs per parameter
 _LARGEST_LOG = 700.0  # exp of more is no number
 
 
@@ -370,7 +371,10 @@ def _fitting(fit: Fit, points: Points) -> Fitting:
 
 def _notes(fit: Fit, own: Array, sizes: tuple[str, ...]) -> tuple[str, ...]:
     low, high = np.percentile(own, _TAILS, axis=0)
+    count, parameters = len(fit.terms.y_N), fit.terms.parameters
     notes = []
+    if count < _ENOUGH * parameters:
+        notes.append(f"{count} runs for {parameters} parameters are few: the 95% intervals cover less than they say")
     if low[0] <= _NEAR * fit.least:
         notes.append("E is not told from 0: the runs do not reach far enough to show where the loss ends")
     for t, name in enumerate(sizes):

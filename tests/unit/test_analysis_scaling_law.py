@@ -193,6 +193,12 @@ def test_law_that_is_not_told_by_the_runs_says_so() -> None:
     assert any("not told from 0" in note or "not bounded" in note for note in law.notes)
 
 
+def test_fit_of_few_runs_says_that_its_intervals_are_short() -> None:
+    few, enough = (fit_compute(C[:k], 1.7 + (C[:k] / 1e19) ** -0.2, draws=100).notes for k in (5, 6))
+    assert "5 runs for 3 parameters are few" in few[0]
+    assert not any("are few" in note for note in enough)
+
+
 N3, D3 = (grid.ravel() for grid in np.meshgrid([1e7, 1e8, 1e9], [1e9, 1e10, 1e11]))
 L3 = loss_of(N3, D3)
 
