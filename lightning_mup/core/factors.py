@@ -62,7 +62,7 @@ def multipliers(
     if depth[0] != depth[1] and not table.uses_depth and _scales(table):
         table = find_rules([table, _DEPTH_RULES])
     spec = ParamSpec("matrix", Role(role), (fan_out[0], fan_in[0]), Dim(*fan_in), Dim(*fan_out), Dim(*depth))
-    made = Scaling((spec,), table, Choices(batch=batch), {}, {}, {})
+    made = Scaling((spec,), table, Choices(batch=batch))
     row = made.param(spec, found, {**found.defaults, **settings})
     return {"lr": row.lr, **row.eps}
 

@@ -89,9 +89,9 @@ class Scaling:
     specs: tuple[ParamSpec, ...]
     rules: Rules
     choices: Choices
-    forward: Mapping[str, Power]
-    lr_multipliers: Mapping[str, float]
-    lr_powers: Mapping[str, Power]
+    forward: Mapping[str, Power] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    lr_powers: Mapping[str, Power] = field(default_factory=dict)
 
     @classmethod
     def read(

@@ -427,7 +427,7 @@ class Stray(Net):
         ),
         (lambda: [SpectralNormalization(decay="independent")], Net, r"decay must be one of \(None, 'coupled', 'l2'\)"),
         (lambda: [SpectralNormalization(iterations=0)], Net, r"iterations must be >= 1, warmup_steps >= 0, got 0, 50"),
-        (lambda: [SpectralNormalization(vectors=0)], Net, r"vectors must be >= 1, got 0; 1 is the paper's estimate"),
+        (lambda: [SpectralNormalization(vectors=0)], Net, r"vectors must be >= 1, got 0; 1 is the paper's"),
         (lambda: [SpectralNormalization(readout="rms")], Net, r"readout='rms' does.*name them: roles=\{.net.0.weight"),
         (
             lambda: [mup.Parametrize(BASE), SpectralNormalization(roles={"net.4.weight": "output"})],

@@ -27,7 +27,7 @@ def spec(role: Role, fan_in: int, fan_out: int, depth: int = 1, *, branch: bool 
 
 
 def planned(rules: object, method: str, of: ParamSpec, choices: Choices | None = None) -> ParamPlan:
-    scaling = Scaling((of,), find_rules(rules), choices or Choices(), {}, {})  # type: ignore[arg-type]
+    scaling = Scaling((of,), find_rules(rules), choices or Choices())  # type: ignore[arg-type]
     found = all_methods()[method]
     torch_muon = {"adjust_lr_fn": None} if method == "muon" else {}
     return scaling.param(of, found, {**dict.fromkeys(found.eps, 1.0), **torch_muon})
@@ -113,7 +113,7 @@ def test_sp_leaves_the_optimizer_alone(role: Role, n_in: int, n_out: int, method
 def test_torch_muon_has_its_own_shape_factor_divided_out() -> None:
     of = spec(Role.HIDDEN, 4, 4)
     square = planned("mup", "muon", of)
-    scaling = Scaling((of,), find_rules("mup"), Choices(), {}, {})
+    scaling = Scaling((of,), find_rules("mup"), Choices())
     matched = scaling.param(of, all_methods()["muon"], {"adjust_lr_fn": "match_rms_adamw"})
     assert square.lr == 1
     assert matched.lr == 0.5  # 0.2 sqrt(max(fan_out, fan_in)) has doubled
@@ -204,7 +204,7 @@ def test_epsilon_of_rates_per_layer_follows_larger_gradients(role: Role, eps: fl
 @pytest.mark.parametrize("method", ["adam", "nadam", "radam"])
 def test_decay_that_a_setting_decouples_is_independent_too(method: str) -> None:
     of = spec(Role.HIDDEN, 4, 16)
-    scaling = Scaling((of,), find_rules("mup"), Choices(), {}, {})
+    scaling = Scaling((of,), find_rules("mup"), Choices())
     made = scaling.param(of, all_methods()[method], {"eps": 1e-8, "decoupled_weight_decay": True})
     assert made.lr * made.group_weight_decay == pytest.approx(made.weight_decay) == 1 / 4
 
@@ -227,7 +227,7 @@ def test_folding_is_training_the_bare_weight_under_a_hook(rules: str) -> None:
 def test_own_factors_see_fused_matrices_whole(settings: dict[str, object]) -> None:
     """torch's Muon looks at the tensor's shape, [3 fan_out, fan_in]."""
     of = ParamSpec("w", Role.HIDDEN, (96, 64), Dim(64, 16), Dim(32, 32), split=3)  # 96 x 64, at the base 96 x 16
-    made = Scaling((of,), find_rules("mup"), Choices(), {}, {}).param(of, all_methods()["muon"], settings)
+    made = Scaling((of,), find_rules("mup"), Choices()).param(of, all_methods()["muon"], settings)
     wanted = 4**-0.5  # sqrt(fan_out/fan_in)
     before = 1 if settings["adjust_lr_fn"] else (96 / 16) ** 0.5 / (96 / 64) ** 0.5  # base's factor over this one's
     assert made.lr == pytest.approx(wanted * before)
@@ -235,7 +235,7 @@ def test_own_factors_see_fused_matrices_whole(settings: dict[str, object]) -> No
 
 def test_settings_that_are_off_have_no_factor() -> None:
     of = spec(Role.HIDDEN, 4, 4)
-    scaling = Scaling((of,), find_rules("mup"), Choices(), {}, {})
+    scaling = Scaling((of,), find_rules("mup"), Choices())
     assert dict(scaling.param(of, all_methods()["adam"], {"eps": None}).eps) == {}
     assert dict(scaling.param(of, all_methods()["adam"], {}).eps) == {}
 
