@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_mup.budget import budget_steps, count, training_flops
-from lightning_mup.train import model_of
+from lightning_mup.train import extent_of, shape_of
 
 
 def run_flops(config: DictConfig) -> float:
@@ -28,10 +26,4 @@ def run_flops(config: DictConfig) -> float:
         >>> f"{run_flops(small):.4g}", f"{run_flops(wide):.4g}"
         ('5.56e+11', '1.917e+12')
     """
-    data = instantiate(config.data, _convert_="all")
-    with torch.device("meta"):
-        module = model_of(config)
-    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
-    steps = budget_steps(config.budget, params=count(module), tokens_per_step=tokens_per_step)
-    taken = min(steps, config.trainer.max_steps or steps)
-    return float(taken * tokens_per_step * training_flops(module.net, data.context))
+    return extent_of(config, instantiate(config.data, _convert_="all"), shape_of(config)).flops

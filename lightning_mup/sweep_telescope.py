@@ -96,14 +96,9 @@ class TelescopingSweep(Sweep):
         runs = sum(made.runs for made in self.telescopes)
         cost = sum(made.cost for made in self.telescopes)
         target = max(made.target_flops for made in self.telescopes)
-        return (
-            "\n".join(
-                [
-                    *parts,
-                    f"{runs} runs for {len(self.telescopes)} combinations: {cost:.3g} FLOPs, {cost / target:.2%} of",
-                ]
-            )
-            + " one run at the target; grids whose best value is at the edge grow within the share"
+        total = f"{runs} runs for {len(self.telescopes)} combinations: {cost:.3g} FLOPs, {cost / target:.2%} of one run"
+        return "\n".join(
+            [*parts, f"{total} at the target; grids whose best value is at the edge grow within the share"]
         )
 
     def found(self) -> str:

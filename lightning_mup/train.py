@@ -127,19 +127,55 @@ class Run:
     record: RecordRun
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How long a run is, and what it takes.
+
+    Args:
+        tokens_per_step: tokens of one optimizer step, over all ranks.
+        steps: steps that the budget pays for, the length of the schedule.
+        last_step: step after which training stops.
+        flops_per_token: floating-point operations of a forward and a backward pass.
+    """
+
+    tokens_per_step: int
+    steps: int
+    last_step: int
+    flops_per_token: float
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the run."""
+        return self.last_step * self.tokens_per_step * self.flops_per_token
+
+
+def extent_of(config: DictConfig, data: Any, shape: LanguageModel) -> Extent:  # noqa: ANN401 - any data module
+    """Return how long a configuration's run is, without running it.
+
+    Args:
+        config: the configuration.
+        data: its data module, with ``batch_size`` and ``context``.
+        shape: its module, see :func:`shape_of`.
+
+    Raises:
+        ValueError: no budget, or several, are given.
+    """
+    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
+    steps = budget_steps(config.budget, params=count(shape), tokens_per_step=tokens_per_step)
+    last_step = min(steps, config.trainer.max_steps or steps)
+    return Extent(tokens_per_step, steps, last_step, training_flops(shape.net, data.context))
+
+
 def build(config: DictConfig) -> Run:
     """Build data, module, callbacks, loggers and Trainer.
 
     Raises:
         ValueError: no budget, or several, are given.
     """
-    data = instantiate(config.data, _convert_="all")
-    with torch.device("meta"):
-        shape = model_of(config)
-    tokens_per_step = data.batch_size * data.context * config.trainer.accumulate_grad_batches
-    steps = budget_steps(config.budget, params=count(shape), tokens_per_step=tokens_per_step)
-    last_step = min(steps, config.trainer.max_steps or steps)
-    flops = training_flops(shape.net, data.context)
+    data, shape = instantiate(config.data, _convert_="all"), shape_of(config)
+    extent = extent_of(config, data, shape)
+    tokens_per_step, steps, last_step = extent.tokens_per_step, extent.steps, extent.last_step
+    flops = extent.flops_per_token
     facts = {**describe(config, shape), "tokens_per_step": tokens_per_step, "flops_per_token": flops}
     facts |= {"max_steps": last_step, "context": data.context, "data": data.fingerprint, "config": flattened(config)}
     record = RecordRun(config.folder, facts, tokens_per_step=tokens_per_step, flops_per_token=flops)
@@ -196,10 +232,8 @@ def plan_of(config: DictConfig) -> Plan:
     found = find_method(config.method.optimizer)
     options = cast(dict[str, object], OmegaConf.to_container(config.method.options, resolve=True))
     multipliers = cast(dict[str, float], OmegaConf.to_container(config.method.lr_multipliers, resolve=True))
-    with torch.device("meta"):
-        model = model_of(config)
     return plan(
-        model,
+        shape_of(config),
         flattened(config.model.base),
         rules=list(config.rules.names),
         method=found,
@@ -237,8 +271,14 @@ class _ConfiguredModel(LanguageModel):
 
 
 def model_of(config: DictConfig) -> _ConfiguredModel:
-    """Build the module of a configuration; under ``torch.device("meta")``, shapes alone."""
+    """Build the module of a configuration."""
     return _ConfiguredModel(**flattened(config.model.net))
+
+
+def shape_of(config: DictConfig) -> _ConfiguredModel:
+    """Build the module of a configuration on the meta device: shapes alone, without memory for weights."""
+    with torch.device("meta"):
+        return model_of(config)
 
 
 def describe(config: DictConfig, module: nn.Module) -> dict[str, object]:

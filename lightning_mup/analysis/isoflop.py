@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lightning_mup.analysis.estimate import Estimate
 from lightning_mup.analysis.optimum import CONFIDENCE
 from lightning_mup.analysis.power_terms import Array
-from lightning_mup.analysis.scaling_law import Estimate, Fitting, ScalingLaw, estimate
+from lightning_mup.analysis.scaling_law import Fitting, ScalingLaw, estimate
 from lightning_mup.analysis.scaling_points import Points, clean, distinct
 
 _DRAWS = 2000

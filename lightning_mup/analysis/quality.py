@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import chndtr, ndtri, stdtrit
 
 from lightning_mup.analysis.drift import Drift
+from lightning_mup.analysis.estimate import Estimate
 from lightning_mup.analysis.groups import AtSize, Group
 from lightning_mup.analysis.optimum import CONFIDENCE, Array, Optimum
 
@@ -31,30 +32,20 @@ _DRAWS = 4000
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its 95% interval.
+class SizesEstimate(Estimate):
+    """What several sizes say together, with its 95% interval; nan where they do not suffice.
 
     Args:
-        value: the number; nan where there are too few sizes, inf where it has no bound.
-        low: lower end of the interval.
-        high: upper end.
         sizes: sizes that it comes from.
         note: what was left out, or why there is no number.
-
-    Examples:
-        >>> print(Estimate(0.1, 0.0, 0.2))
-        +0.100 [+0.000, +0.200]
     """
 
-    value: float
-    low: float
-    high: float
     sizes: tuple[int, ...] = ()
     note: str = ""
 
     def __str__(self) -> str:
         """Print the number with its interval, or why there is none."""
-        return self.note if math.isnan(self.value) else f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self.note if math.isnan(self.value) else Estimate.__str__(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +60,9 @@ class TransferQuality:
     """
 
     drift: Drift
-    fit_error: Estimate
-    robustness: Estimate
-    penalty: Estimate
+    fit_error: SizesEstimate
+    robustness: SizesEstimate
+    penalty: SizesEstimate
 
     def __str__(self) -> str:
         """Print one line per number."""
@@ -113,7 +104,7 @@ def transfer_quality(group: Group, *, error: float = 1.0) -> TransferQuality:
 # -- the three metrics ------------------------------------------------------------------------------------------------
 
 
-def fit_error(optima: Mapping[int, Optimum]) -> Estimate:
+def fit_error(optima: Mapping[int, Optimum]) -> SizesEstimate:
     """Return how far optima scatter about a power law in size, in octaves, beyond what their own noise explains.
 
     ``E^2 = S / (S - 2) sum w r^2 / sum w`` with the distances ``r`` of the true optima to the line of ``log2 optimum``
@@ -152,10 +143,10 @@ def fit_error(optima: Mapping[int, Optimum]) -> Estimate:
     scale = math.sqrt(len(known) / freedom / weight.sum())
     low, high = _excess(total, freedom, 1 - _TAIL), _excess(max(total, freedom), freedom, _TAIL)
     value, low, high = (scale * math.sqrt(part) for part in (max(total - freedom, 0.0), low, high))
-    return Estimate(value, low, high, tuple(known), note)
+    return SizesEstimate(value, low, high, tuple(known), note)
 
 
-def robustness(optima: Mapping[int, Optimum], *, error: float = 1.0) -> Estimate:
+def robustness(optima: Mapping[int, Optimum], *, error: float = 1.0) -> SizesEstimate:
     """Return kappa in ``price ~ size^kappa``, the price in nats of missing the optimum by a fixed error.
 
     The price is the mean of those of ``error`` octaves too much and too little. For kappa < 0 larger models forgive
@@ -198,12 +189,14 @@ def robustness(optima: Mapping[int, Optimum], *, error: float = 1.0) -> Estimate
     residual = middle - float(weight @ middle / weight.sum()) - slope * _centred(known, weight)
     below, above = np.quantile(slope_of @ log_price_SD, (_TAIL, 1 - _TAIL)).tolist()
     stretch = _stretch(float(weight @ np.square(residual)), len(known) - _LINE)
-    return Estimate(slope, slope - stretch * (slope - below), slope + stretch * (above - slope), tuple(known), note)
+    return SizesEstimate(
+        slope, slope - stretch * (slope - below), slope + stretch * (above - slope), tuple(known), note
+    )
 
 
 def asymptotic_penalty(
     lost: Mapping[int, float], *, noise: Mapping[int, float] | float, base: int | None = None
-) -> Estimate:
+) -> SizesEstimate:
     """Return R(inf), the loss that is lost as size grows without bound.
 
     With a base, from which a value was transferred, ``lost(n) = R (1 - (n / base)^-b)^2``: the optimum approaches a
@@ -237,7 +230,7 @@ def asymptotic_penalty(
     errors = dict(noise) if isinstance(noise, Mapping) else dict.fromkeys(lost, noise)
     _check_penalty(lost, errors, base)
     if diverged := sorted(size for size, loss in lost.items() if loss == math.inf):
-        return Estimate(math.inf, math.inf, math.inf, tuple(sorted(lost)), f"diverges at {_listed(diverged)}")
+        return SizesEstimate(math.inf, math.inf, math.inf, tuple(sorted(lost)), f"diverges at {_listed(diverged)}")
     known = [
         n for n in sorted(lost) if n == base or (math.isfinite(lost[n]) and math.isfinite(errors.get(n, math.nan)))
     ]
@@ -246,7 +239,7 @@ def asymptotic_penalty(
     used = [n for n in known if n != base]
     if len(used) + (base is not None) < _ENOUGH:
         here = f"{len(used)} sizes{'' if base is None else ' beside the base'}"
-        return Estimate(
+        return SizesEstimate(
             math.nan, -math.inf, math.inf, tuple(known), "; ".join(filter(None, [f"too few: {here}", note]))
         )
     fits = _Fits.of(used, [lost[n] for n in used], [errors[n] for n in used], base)
@@ -283,7 +276,7 @@ class _Fits:
             freedom=len(sizes) - mean_BK.shape[1] - 1,
         )
 
-    def limit(self, sizes: tuple[int, ...], note: str) -> Estimate:
+    def limit(self, sizes: tuple[int, ...], note: str) -> SizesEstimate:
         """Draw exponents and coefficients, and see where they lead; compare with growth that leads nowhere."""
         growth, approach = self.misfit_B[: len(_GROWTH)], self.misfit_B[len(_GROWTH) :]
         best = int(growth.argmin())
@@ -300,11 +293,11 @@ class _Fits:
         low, value, high = np.quantile(limits, (_TAIL, 0.5, 1 - _TAIL)).tolist()
         change, error = float(self.mean_BK[best, -1]), float(np.linalg.norm(self.root_BKK[best, -1]))
         if abs(change) <= _NORMAL * error or unlimited >= least + scale * _NORMAL**2:
-            return Estimate(value, low, high, sizes, note)
+            return SizesEstimate(value, low, high, sizes, note)
         note = "; ".join(filter(None, [f"{'grows' if change > 0 else 'falls'} with size, no limit seen", note]))
         value = math.copysign(math.inf, change) if unlimited + scale * _NORMAL**2 < least else value
         low, high = (low, math.inf) if change > 0 else (-math.inf, high)
-        return Estimate(value, low, high, sizes, note)
+        return SizesEstimate(value, low, high, sizes, note)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -323,9 +316,9 @@ def _bracketed(optima: Mapping[int, Optimum]) -> tuple[dict[int, Optimum], str]:
     return known, f"not bracketed, so left out: {_listed(missing)}" if missing else ""
 
 
-def _refused(sizes: tuple[int, ...], note: str) -> Estimate:
+def _refused(sizes: tuple[int, ...], note: str) -> SizesEstimate:
     why = f"bracketed at {len(sizes)} sizes, which are too few: {_listed(sizes) or 'none'}"
-    return Estimate(math.nan, -math.inf, math.inf, sizes, "; ".join(filter(None, [why, note])))
+    return SizesEstimate(math.nan, -math.inf, math.inf, sizes, "; ".join(filter(None, [why, note])))
 
 
 def _centred(sizes: Mapping[int, Optimum], weight: Array) -> Array:

@@ -114,7 +114,7 @@ def _drift_table(report: TransferReport) -> str:
 
 def _quality_table(report: TransferReport) -> str:
     header = ["runs of", "error of the power law, octaves", "exponent of an error's price", "lost in the limit, nats"]
-    rows = [[g.label, str(q.fit_error), str(q.robustness), str(q.penalty)] for g, q in report.qualities()]
+    rows = [[g.label, str(q.fit_error), str(q.robustness), str(q.penalty)] for g, q in report.qualities]
     return table(header, rows)
 
 

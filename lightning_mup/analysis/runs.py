@@ -226,8 +226,14 @@ def without_repeats(runs: Iterable[Run]) -> tuple[list[Run], list[str]]:
         if others := [run for run in group if run is not newest]:
             differ = sorted({key for run in others for key in _differing(run.config, newest.config)})
             why = f"though their configurations differ in {listed(differ)}" if differ else "of the same configuration"
-            notes.append(f"{newest.folder} was used and not {listed(str(r.folder) for r in others)}, {why}")
+            notes.append(f"{_place(newest)} was used and not {listed(map(_place, others))}, {why}")
     return kept, notes
+
+
+def _place(run: Run) -> str:
+    """Return a run's folder as people write it: from here where it is below."""
+    here = Path.cwd()
+    return str(run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder)
 
 
 def check_same_data(runs: Sequence[Run]) -> str:
@@ -239,7 +245,7 @@ def check_same_data(runs: Sequence[Run]) -> str:
     for what in ("data", "context"):
         values: dict[object, list[str]] = defaultdict(list)
         for run in runs:
-            values[getattr(run, what)].append(str(run.folder))
+            values[getattr(run, what)].append(_place(run))
         if len(values) > 1:
             text = "; ".join(f"{value!r} in {listed(folders)}" for value, folders in values.items())
             raise ValueError(f"losses of runs with different {what} cannot be compared: {text}; give runs of one alone")

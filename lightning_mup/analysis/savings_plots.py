@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_mup.analysis.multiplier import Multiplier
 from lightning_mup.analysis.plot_parts import COLOURS, GREY, columns, label_right, means, tidy
@@ -55,7 +56,7 @@ def _said(label: str, found: Multiplier, baseline: str) -> str:
 
 def _draw(figure: FigureBase, savings: Savings) -> None:
     left, right = figure.subplots(1, 2)
-    colours = {savings.baseline: GREY} | dict(zip(savings.multipliers, _cycled(), strict=False))
+    colours = {savings.baseline: GREY} | dict(zip(savings.multipliers, itertools.cycle(COLOURS)))
     _draw_losses(left, savings, colours)
     _draw_multipliers(right, savings, colours)
     for ax in (left, right):
@@ -64,19 +65,15 @@ def _draw(figure: FigureBase, savings: Savings) -> None:
         ax.set_xlabel(_UNITS[savings.cost])
 
 
-def _cycled() -> list[str]:
-    return list(COLOURS) * 4
-
-
 def _draw_losses(ax: Axes, savings: Savings, colours: dict[str, str]) -> None:
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     ax.set_yscale("log")
     ax.set_ylabel("validation loss (nats)" if savings.metric == "val_loss" else "training loss (nats)")
     ends = []
     for label, line in _lines(savings).items():
         ax.plot(*columns(line), color=colours[label], marker="o", markersize=4, linewidth=1.4)
         ends.append((line[-1][1], label, colours[label]))
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter() if _tall(ax) else ScalarFormatter())
     label_right(ax, ends)
@@ -88,14 +85,12 @@ def _tall(ax: Axes) -> bool:
 
 
 def _lines(savings: Savings) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, Any] = {}
-    for multiplier in savings.multipliers.values():
-        found[savings.baseline] = list(multiplier.frontier)
-    for label, multiplier in savings.multipliers.items():
-        line = means((row.cost, row.loss) for row in multiplier.rows if math.isfinite(row.loss))
-        if line:
-            found[label] = line
-    return found
+    """Return cost and mean loss of every method, the baseline first."""
+    lines = {
+        label: means((trial.cost, trial.loss) for trial in carried.trials if math.isfinite(trial.loss))
+        for label, carried in savings.carried.items()
+    }
+    return {label: line for label, line in lines.items() if line and label not in savings.refused}
 
 
 def _draw_multipliers(ax: Axes, savings: Savings, colours: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lightning_mup.analysis.estimate import Estimate
 from lightning_mup.analysis.optimum import CONFIDENCE
 from lightning_mup.analysis.power_terms import (
     DELTA,
@@ -35,29 +36,6 @@ _NEAR = 1.05  # within this factor of a limit of the search
 _FEW = 0.05  # share of the starts
 _ENOUGH = 2  # runs per parameter
 _LARGEST_LOG = 700.0  # exp of more is no number
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its 95% interval.
-
-    Args:
-        value: the estimate.
-        low: lower end.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def covers(self, value: float) -> bool:
-        """Return whether a value is within the interval."""
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        """Print the value with its interval."""
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 @dataclass(frozen=True, slots=True)

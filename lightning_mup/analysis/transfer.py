@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -68,8 +69,9 @@ class TransferReport:
         """Return one line per group: how its optimum moves with size."""
         return [f"{g.label}: best {WORDS[self.tuned]} against {self.axis}: slope {g.drift}" for g in self.groups]
 
+    @cached_property
     def qualities(self) -> list[tuple[Group, TransferQuality]]:
-        """Return each group with its :class:`~lightning_mup.analysis.quality.TransferQuality`."""
+        """Each group with its :class:`~lightning_mup.analysis.quality.TransferQuality`."""
         return [(group, transfer_quality(group)) for group in self.groups]
 
     def name_of(self, run: Run) -> str:
@@ -86,7 +88,7 @@ class TransferReport:
             "tuned": self.tuned,
             "metric": self.metric,
             "data": self.data,
-            "groups": [_drift_row(group) | _quality_row(quality) for group, quality in self.qualities()],
+            "groups": [_drift_row(group) | _quality_row(quality) for group, quality in self.qualities],
             "sizes": self.rows(),
             "recommended": chosen.settings if chosen else None,
             "unfinished": [self.name_of(run) for run in self.unfinished],

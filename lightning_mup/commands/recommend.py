@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_mup import train
-from lightning_mup.budget import budget_steps, count
+from lightning_mup.budget import count
 from lightning_mup.commands.horizon_rows import HEADER, Case, Facts, rows, spread
 from lightning_mup.commands.words import configured
 from lightning_mup.compose_errors import explain
@@ -107,15 +105,14 @@ def facts_of(config: DictConfig) -> Facts:
     for key, size in sizes.items():
         if not (isinstance(size, int) and size >= 1):
             raise ValueError(f"{key} must be a whole number >= 1, got {size!r}; give {key}=1 or more")
-    with torch.device("meta"):
-        shape = train.model_of(config)
-    tokens_per_step, params = math.prod(sizes.values()), count(shape)
+    shape = train.shape_of(config)
+    extent = train.extent_of(config, config.data, shape)
     return Facts(
-        params=params,
+        params=count(shape),
         non_embedding_params=count(shape, embeddings=False),
-        batch=tokens_per_step // config.data.context,
-        tokens_per_step=tokens_per_step,
-        steps=budget_steps(config.budget, params=params, tokens_per_step=tokens_per_step),
+        batch=extent.tokens_per_step // config.data.context,
+        tokens_per_step=extent.tokens_per_step,
+        steps=extent.steps,
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mup.analysis.optimum import Optimum, find_optimum
-from lightning_mup.analysis.quality import Estimate, asymptotic_penalty, fit_error, robustness, transfer_quality
+from lightning_mup.analysis.quality import SizesEstimate, asymptotic_penalty, fit_error, robustness, transfer_quality
 from lightning_mup.analysis.runs import read_runs
 from lightning_mup.analysis.shift import Repair, Shift
 from lightning_mup.analysis.transfer import transfer_table
@@ -254,7 +254,7 @@ def test_quality_of_planted_runs(tmp_path: Path) -> None:
 
 
 def test_estimates_print_with_their_interval() -> None:
-    assert str(Estimate(0.5, -1.0, math.inf)) == "+0.500 [-1.000, +inf]"
+    assert str(SizesEstimate(0.5, -1.0, math.inf)) == "0.5 [-1, inf]"
 
 
 # -- the reference's figures ------------------------------------------------------------------------------------------
