@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-setup_venv plots,launchers
+setup_venv plots,launchers,slurm
 
 echo "training small language models on Python's own source text, two at a time; each line is one run"
 export OMP_NUM_THREADS=1 # two runs with a thread per core each would slow each other down

@@ -52,8 +52,8 @@ def said_of_cost(ledger: Ledger, runs: Sequence[Run]) -> str:
     lacking = f" ({total.unknown} attempts left no record of their cost)" if total.unknown else ""
     if not 0 < largest < math.inf:
         return f"{spent}{lacking}."
-    one, many = (f"{100 * share:.3g}%" for share in (total.share_of(largest), total.share_of_tuning(largest)))
-    return f"{spent}{lacking}: {one} of one run at the largest size, and {many} of as many runs there."
+    one, many = (_times(share) for share in (total.share_of(largest), total.share_of_tuning(largest)))
+    return f"{spent}{lacking}: {one} one run at the largest size, and {many} as many runs there."
 
 
 def cost_parts(ledger: Ledger, runs: Sequence[Run]) -> list[str]:
@@ -86,6 +86,10 @@ def _rows(ledger: Ledger) -> Iterable[list[str]]:
 def _is_in(file: Path, entry: Entry, folders: Iterable[Path]) -> bool:
     run = (file.parent / entry.folder).resolve()
     return any(run.is_relative_to(folder) for folder in folders)
+
+
+def _times(share: float) -> str:
+    return f"{100 * share:.3g}% of" if share < 1 else f"{share:.3g} times"
 
 
 def _hours(seconds: float) -> str:

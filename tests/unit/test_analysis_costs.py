@@ -34,8 +34,8 @@ def test_shares_are_those_of_the_largest_run(tmp_path: Path) -> None:
     """Five runs at each of three widths; a run costs as width^2: 5 (1 + 1/4 + 1/16) runs of the largest."""
     folder = sweep(tmp_path, "one")
     said = said_of_cost(booked(folder), read_runs(folder))
-    share = 100 * 5 * (1 + 1 / 4 + 1 / 16)
-    assert f"{share:.3g}% of one run at the largest size, and {share / 16:.3g}% of as many" in said
+    share = 5 * (1 + 1 / 4 + 1 / 16)
+    assert f"{share:.3g} times one run at the largest size, and {100 * share / 16:.3g}% of as many runs" in said
     assert said.startswith("16 runs and 1 failed attempts took")
     assert "(1 attempts left no record of their cost)" in said
 
