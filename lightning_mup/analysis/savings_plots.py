@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 _SIZE = (11.0, 3.9)  # inches
+_NAMES, _PER_NAME = 6, 0.25  # the picture grows by so many inches for each name beyond six
+_MARKS = {"o": "●", "s": "■", "v": "▼", "^": "▲", "D": "◆"}  # in a panel, and before a name
 _UNITS = {"flops": "FLOPs of a run", "6nd": "6 N D of a run", "seconds": "seconds of a run"}
 _LEAST = 1.1  # octaves of multiplier that a panel shows at the least
 
@@ -29,7 +31,8 @@ def pictures_of(savings: Savings) -> list[Picture]:
     """
     if not any(math.isfinite(found.value) for found in savings.multipliers.values()):
         return []
-    return [Picture("Loss and compute multiplier", said_of(savings), _SIZE, lambda figure: _draw(figure, savings))]
+    size = (_SIZE[0], _SIZE[1] + _PER_NAME * max(0, len(savings.multipliers) + 1 - _NAMES))
+    return [Picture("Loss and compute multiplier", said_of(savings), size, lambda figure: _draw(figure, savings))]
 
 
 def said_of(savings: Savings) -> str:
@@ -56,24 +59,26 @@ def _said(label: str, found: Multiplier, baseline: str) -> str:
 
 def _draw(figure: FigureBase, savings: Savings) -> None:
     left, right = figure.subplots(1, 2)
-    colours = {savings.baseline: GREY} | dict(zip(savings.multipliers, itertools.cycle(COLOURS)))
-    _draw_losses(left, savings, colours)
-    _draw_multipliers(right, savings, colours)
+    pairs = itertools.cycle((colour, mark) for mark in _MARKS for colour in COLOURS)
+    styles = {savings.baseline: (GREY, "o")} | dict(zip(savings.multipliers, pairs, strict=False))
+    _draw_losses(left, savings, styles)
+    _draw_multipliers(right, savings, styles)
     for ax in (left, right):
         tidy(ax)
         ax.set_xscale("log")
         ax.set_xlabel(_UNITS[savings.cost])
 
 
-def _draw_losses(ax: Axes, savings: Savings, colours: dict[str, str]) -> None:
+def _draw_losses(ax: Axes, savings: Savings, styles: dict[str, tuple[str, str]]) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     ax.set_yscale("log")
     ax.set_ylabel("validation loss (nats)" if savings.metric == "val_loss" else "training loss (nats)")
     ends = []
     for label, line in _lines(savings).items():
-        ax.plot(*columns(line), color=colours[label], marker="o", markersize=4, linewidth=1.4)
-        ends.append((line[-1][1], label, colours[label]))
+        colour, mark = styles[label]
+        ax.plot(*columns(line), color=colour, marker=mark, markersize=4.5, linewidth=1.4)
+        ends.append((line[-1][1], f"{_MARKS[mark]} {label}", colour))
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter() if _tall(ax) else ScalarFormatter())
     label_right(ax, ends)
@@ -93,7 +98,7 @@ def _lines(savings: Savings) -> dict[str, list[tuple[float, float]]]:
     return {label: line for label, line in lines.items() if line and label not in savings.refused}
 
 
-def _draw_multipliers(ax: Axes, savings: Savings, colours: dict[str, str]) -> None:
+def _draw_multipliers(ax: Axes, savings: Savings, styles: dict[str, tuple[str, str]]) -> None:
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel(f"compute multiplier over {savings.baseline}")
@@ -108,8 +113,9 @@ def _draw_multipliers(ax: Axes, savings: Savings, colours: dict[str, str]) -> No
             [max(min(row.high, 8 * row.multiplier) - row.multiplier, 0) for row in rows],
         ]
         x, y = [row.cost for row in rows], [row.multiplier for row in rows]
-        ax.errorbar(x, y, yerr=reach, color=colours[label], marker="o", markersize=4, capsize=3, linewidth=1.4)
-        ends.append((y[-1], label, colours[label]))
+        colour, mark = styles[label]
+        ax.errorbar(x, y, yerr=reach, color=colour, marker=mark, markersize=4.5, capsize=3, linewidth=1.4)
+        ends.append((y[-1], f"{_MARKS[mark]} {label}", colour))
     low, high = (math.log2(end) for end in ax.get_ylim())
     extra = max(0.0, _LEAST - (high - low)) / 2
     low, high = low - extra, high + extra

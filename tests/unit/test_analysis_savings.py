@@ -15,6 +15,7 @@ from lightning_mup.analysis.laws import find_laws
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import Run, read_runs
 from lightning_mup.analysis.savings import can_compare, find_savings
+from lightning_mup.analysis.savings_plots import pictures_of
 from lightning_mup.commands import report as command
 from lightning_mup.core.plan import aligned
 
@@ -193,3 +194,16 @@ def test_a_sweep_at_all_sizes_has_both_stories(tmp_path: Path) -> None:
     assert report.savings.table() == "\n".join(aligned(report.savings.summary()))
     write_report([run for run in read_runs(tmp_path / "runs") if run.method == "muon"], tmp_path / "out")
     assert not (tmp_path / "out" / "savings.csv").exists()
+
+
+def test_every_method_of_many_has_a_look_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    saved = {f"method{i}": 1 + 0.1 * i for i in range(9)}
+    (picture,) = pictures_of(find_savings(runs_of(tmp_path, saved, seeds=1)))
+    figure = Figure(figsize=picture.size, layout="constrained")
+    picture.draw(figure)
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == len(SIZES)]  # type: ignore[arg-type]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(saved) + 1
+    assert all(f"method{i}, mup" in "".join(text.get_text() for text in figure.axes[1].texts) for i in range(9))
