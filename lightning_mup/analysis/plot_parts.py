@@ -16,6 +16,7 @@ GREY, LIGHT = "#57606a", "#d0d7de"
 LABEL_GAP = 0.06
 """Between the middles of two labels of one line, of a panel's height."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's, told apart by everybody
+_LONG = {"sp": "standard parametrization (sp)", "mup": "maximal update parametrization (mup)"}
 _DARKEST, _LIGHTEST = 0.05, 0.74  # of the colour map viridis, whose yellow end is too pale on white
 _HEADROOM = 0.6  # above the highest optimum, of the span of optima
 _HUGE = 3.0  # spans above the highest optimum that losses may take up
@@ -40,6 +41,16 @@ def rules_of(groups: Iterable[Group]) -> list[str]:
         []
     """
     return sorted({group.rules for group in groups}, key=lambda name: (not name.startswith("sp"), name))
+
+
+def long_name(rules: str) -> str:
+    """Return what a parametrization is called where there is room.
+
+    Examples:
+        >>> long_name("sp")
+        'standard parametrization (sp)'
+    """
+    return _LONG.get(rules, rules)
 
 
 def coloured(report: TransferReport, method: str) -> list[tuple[Group, str]]:

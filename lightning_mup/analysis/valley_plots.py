@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_mup.analysis import sentences
 from lightning_mup.analysis.groups import AtSize, Group
 from lightning_mup.analysis.plot_parts import (
     GREY,
     LABEL_GAP,
     columns,
+    long_name,
     loss_limits,
     loss_word,
     means,
@@ -35,31 +38,41 @@ _BELOW = 0.055  # of a panel's height, from an optimum down to its name
 def draw_curves(figure: FigureBase, report: TransferReport) -> None:
     """Draw a row of panels for each method, a column for each parametrization, one line for each size."""
     methods, rules = methods_of(report.groups), rules_of(report.groups)
-    grid: Any = figure.subplots(len(methods), len(rules), squeeze=False, sharex=True, sharey="row")
+    grid: Any = figure.subplots(len(methods), len(rules), squeeze=False, sharex="row", sharey="row")
     for axes, method in zip(grid, methods, strict=True):
         row = [group for group in report.groups if method_of(group) == method]
         low, top = loss_limits(row)
+        losses = (run.loss(report.metric) for group in row for at in group.sizes for run in at.runs)
+        failed = not all(map(math.isfinite, losses))
         axes[0].set_ylabel(loss_word(report))
         for ax, name in zip(axes, rules, strict=True):
             tidy(ax)
-            ax.set_title(f"{method}, {name}", fontsize=10.5)
             found = [group for group in row if group.rules == name]
-            _draw_band(ax, low, top, count=len(sizes_of(report)))
+            _draw_title(ax, f"{method}, {long_name(name)}", found, report)
+            _draw_band(ax, low, top, count=len(sizes_of(report)) if failed else 0)
             for group in found:
                 _draw_group(ax, group, report, top=top)
             if not found:
                 ax.text(0.5, 0.5, "no runs", ha="center", color=GREY, transform=ax.transAxes)
-        spot = (-0.012, (top + axes[0].get_ylim()[1]) / 2)
-        across = axes[0].get_yaxis_transform()
-        axes[0].text(*spot, "diverged", fontsize=8.5, color=GREY, ha="right", va="center", transform=across)
+        if failed:
+            spot = (-0.012, (top + axes[0].get_ylim()[1]) / 2)
+            across = axes[0].get_yaxis_transform()
+            axes[0].text(*spot, "diverged", fontsize=8.5, color=GREY, ha="right", va="center", transform=across)
     for ax in grid[-1]:
         ax.set_xlabel(f"log2 of the {WORDS[report.tuned]} (at the base)")
     _key(figure, report)
 
 
+def _draw_title(ax: Axes, name: str, groups: Sequence[Group], report: TransferReport) -> None:
+    """Say above a panel whose valleys these are, and what they tell."""
+    ax.set_title("\n".join([name, *(sentences.in_short(group, report) for group in groups)]), fontsize=9)
+
+
 def _draw_band(ax: Axes, low: float, top: float, *, count: int) -> None:
-    """Set the limits, with a band above the losses for runs that diverged."""
+    """Set the limits, with a band above the losses for runs that diverged; count 0 leaves it out."""
     ax.set_ylim(low, top)
+    if not count:
+        return
     ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= top])
     ceiling = top + (top - low) * _LINE * (count + 0.5)
     ax.set_ylim(low, ceiling)

@@ -27,6 +27,7 @@ KINDS = {
     "callbacks/grafting": lightning_mup.Grafting,
     "callbacks/parametrize": lightning_mup.Parametrize,
     "callbacks/spectral_normalization": lightning_mup.SpectralNormalization,
+    "callbacks/watch_features": lightning_mup.WatchUpdates,
     "callbacks/watch_updates": lightning_mup.WatchUpdates,
     "callbacks/weight_decay": lightning_mup.WeightDecay,
     "data/embedded": TokenDataModule,

@@ -181,7 +181,13 @@ def test_pictures_show_the_numbers(written: tuple[TransferReport, Path]) -> None
         figures[picture.title] = figure = Figure(picture.size)
         picture.draw(figure)
     sp, mup = figures[curves.title].axes
-    assert (sp.get_title(), mup.get_title()) == ("muon, sp", "muon, mup")
+    titles = [ax.get_title().split("\n") for ax in (sp, mup)]
+    assert [title[0] for title in titles] == [
+        "muon, standard parametrization (sp)",
+        "muon, maximal update parametrization (mup)",
+    ]
+    assert [title[1].split(":")[0] for title in titles] == ["best learning rate moves", "best learning rate stands"]
+    assert [title[2][:30] for title in titles] == ["carried from width 64 to 256, "] * 2
     assert [t.get_text() for t in mup.texts] == ["width 64", "128", "256"]
     dashed = [line for line in sp.lines if line.get_linestyle() == "--"]
     (carried,) = {line.get_xdata()[0] for line in dashed}
@@ -192,6 +198,29 @@ def test_pictures_show_the_numbers(written: tuple[TransferReport, Path]) -> None
     assert sorted(word.split()[0] + " " + word.split()[-1] for word in words) == ["mup stands", "sp moves"]
     low, high = figures[losses.title].axes[0].get_ylim()
     assert all(low < at.optimum.loss < high for group in report.groups for at in group.sizes)
+
+
+@pytest.mark.parametrize(("cliff", "said"), [(2.0, ["diverged"]), (math.inf, [])])
+def test_a_band_is_there_for_runs_that_diverged_alone(cliff: float, said: list[str], tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    write_runs(tmp_path, Planted(cliff=cliff))
+    figure = Figure()
+    pictures(transfer_table(read_runs(tmp_path)))[0].draw(figure)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts if text.get_text() == "diverged"] == said
+    assert len(ax.patches) == len(said)
+
+
+def test_each_method_has_its_own_range_of_rates(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    write_runs(tmp_path, Planted(log2_lr=(-9, -8, -7, -6, -5)))
+    write_runs(tmp_path, Planted(method="adamw", log2_lr=(-12, -11, -10, -9, -8, -7, -6)))
+    figure = Figure()
+    pictures(transfer_table(read_runs(tmp_path)))[0].draw(figure)
+    adamw, muon = (ax.get_xlim() for ax in figure.axes)
+    assert adamw[0] < -12 + 0.1 < muon[0] < -9
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from lightning_mup.analysis.features import feature_changes
 from lightning_mup.analysis.recommend import Recommendation
 from lightning_mup.analysis.runs import read_runs
-from lightning_mup.analysis.sentences import of_cost, of_drift, of_features, of_losses, of_valleys
+from lightning_mup.analysis.sentences import in_short, of_cost, of_drift, of_features, of_losses, of_valleys
 from lightning_mup.analysis.transfer import Group, TransferReport, cells, transfer_table
 
 from .transfer_runs import Planted, facts_of, valley, write_run, write_runs
@@ -220,3 +220,17 @@ def test_sentences_claim_what_the_numbers_show(report: TransferReport) -> None:
     assert "not told apart from none" in mup
     assert "more than noise" in sp
     assert valley(2.0, 0.7) > 0.08  # what sp loses, in log loss
+
+
+def test_a_panel_says_in_short_what_its_runs_show(report: TransferReport, tmp_path: Path) -> None:
+    mup, sp = (in_short(group, report).split("\n") for group in sorted(report.groups, key=lambda g: g.rules))
+    assert mup[0].startswith("best learning rate stands: slope ")
+    assert sp[0].startswith("best learning rate moves: slope -")
+    lost = next(g for g in report.groups if g.rules == "sp").target.lost
+    assert sp[1] == f"carried from width 64 to 256, it costs {lost:.3f} nats"
+    write_runs(tmp_path, Planted(sizes=(64,)))
+    one = transfer_table(read_runs(tmp_path))
+    assert in_short(one.groups[0], one) == "best learning rate may stand or move"
+    write_runs(tmp_path / "cliff", Planted("sp", slope=-2, cliff=1.5))
+    steep = transfer_table(read_runs(tmp_path / "cliff"))
+    assert in_short(steep.groups[0], steep).endswith("it diverges")
