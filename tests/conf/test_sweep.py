@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lightning_mup.commands import sweep_file
+from lightning_mup.ledger import read_ledger
 from lightning_mup.sweep import Sweep, from_words
 from lightning_mup.sweep_axes import Choice, Combination, folder_name, quoted, shortened
 from lightning_mup.sweep_grid import Grid, Line
@@ -265,6 +266,28 @@ def test_a_job_must_return_a_number(valley: Program, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         valley(*SWEEP[:1], "model.net.width=64", "method=adamw", "hydra.sweeper.grid.radius=1")
     assert "must return its loss, or inf where it diverged; it returned nan" in capsys.readouterr().err
+
+
+PRODUCT = ("--multirun", "method.lr=0.01,0.1,8", "hydra.sweep.dir=runs/plain", "hydra.sweep.subdir=lr${method.lr}")
+
+
+def test_a_plain_product_books_each_job_once(valley: Program) -> None:
+    Path("trouble").write_text("ValueError 1")
+    with pytest.raises(SystemExit):
+        valley(*PRODUCT)
+    first = read_ledger("runs/ledger.jsonl").entries
+    assert {(e.sweep, e.folder, e.status) for e in first} == {
+        ("plain", "plain/lr0.01", "finished"),
+        ("plain", "plain/lr0.1", "finished"),
+        ("plain", "plain/lr8", "failed"),
+    }
+    Path("trouble").unlink()
+    valley(*PRODUCT)  # the same command again: the one that failed, which diverges now
+    later = read_ledger("runs/ledger.jsonl").entries
+    assert later[: len(first)] == first
+    assert [(e.folder, e.status) for e in later[len(first) :]] == [("plain/lr8", "diverged")]
+    valley("hydra.run.dir=runs/one")  # a single run is no sweep
+    assert read_ledger("runs/ledger.jsonl").entries == later
 
 
 # -- W&B --------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "sweep_axes": {"sweep_grid", "sweep_axes"},
     "sweep": {"core", "ledger", "sweep_grid", "sweep_axes", "sweep"},
     "ledger": {"core", "ledger"},
+    "sweep_ledger": {"ledger", "sweep_ledger"},
     "telescope": {"core", "analysis", "sweep_grid", "telescope"},
     "sweep_telescope": {"core", "analysis", "sweep", "sweep_axes", "sweep_grid", "telescope", "sweep_telescope"},
     "run_cost": {"budget", "train", "run_cost"},
@@ -52,7 +53,7 @@ KNOWS_LIGHTNING = {"data", "callbacks", "strategies", "language", "run_log", "tr
 KNOWS_LIGHTNING |= {"__init__", "commands", "cli", "train"}
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 KNOWS_HYDRA = {"compose_errors", "sweep", "sweep_axes", "launch", "commands", "train"}
-KNOWS_HYDRA |= {"sweep_telescope", "run_cost"}
+KNOWS_HYDRA |= {"sweep_telescope", "sweep_ledger", "run_cost"}
 HYDRA = {"hydra", "omegaconf"}
 # third-party packages that a function may import, because they are extras or slow to load
 MAY_HIDE = {"datasets", "hydra", "matplotlib", "omegaconf", "rich", "submitit", "tokenizers", "wandb"}
