@@ -62,13 +62,19 @@ def largest(report: CoordinateReport, kind: str) -> float:
     return max(abs(s.slope) for s in report.slopes if s.kind == kind)
 
 
+@pytest.mark.parametrize(
+    ("lr", "multipliers"), [(2**-5, {}), (2**-7, {"*bias": 0.25, "readout.weight": 16.0})], ids=["untuned", "tuned"]
+)
 @pytest.mark.parametrize("name", MAKES)
-def test_a_transformers_features_change_alike_at_all_widths(name: str) -> None:
+def test_a_transformers_features_change_alike_at_all_widths(
+    name: str, lr: float, multipliers: dict[str, float]
+) -> None:
     def build(width: int) -> list[Callback]:
-        plan = mup.Parametrize("self" if width == WIDTHS[0] else lambda: Text(WIDTHS[0]))
+        base = "self" if width == WIDTHS[0] else lambda: Text(WIDTHS[0])
+        plan = mup.Parametrize(base, lr_multipliers=multipliers)
         return [plan, mup.SpectralNormalization()]
 
-    report = slopes(name, 0.03, build, *WIDTHS)
+    report = slopes(name, lr, build, *WIDTHS)
     assert largest(report, "output") <= TOLERANCE, report.table()
     assert largest(report, "update") <= TOLERANCE, report.table()
     matrices = [s for s in report.slopes if s.kind == "update" and s.group in ("hidden", "output")]
@@ -106,14 +112,18 @@ class Classifier(L.LightningModule):
 Readout = Literal["spectral", "rms"]  # None stands for no normalization
 TRAINED, BATCHES = (64, 512), task()
 ROLES = {"net.0.weight": "input", "net.2.weight": "hidden", "net.4.weight": "output"}
+# Of {1/16, 1/4, 1, 4} for vectors and {1/4, 1, 4, 16, 64} for readouts what is best at width 64, over rates and six
+# seeds: 1.046 with normalization, 1.004 without, both within 0.0001 of the best pair; untuned 1.118 and 1.058.
+TUNED = {"vector": 0.25, "output": 16.0}
 
 
-def final_loss(width: int, log2_lr: float, seed: int, *, rules: str, readout: Readout | None) -> float:
+def final_loss(width: int, log2_lr: float, seed: int, *, rules: str, readout: Readout | None, tuned: bool) -> float:
     torch.manual_seed(seed)
     module = Classifier(width, 2.0**log2_lr, BATCHES)
-    plan = mup.Parametrize(lambda: Classifier(TRAINED[0], 1.0, BATCHES), rules=rules)
+    base, roles = (lambda: Classifier(TRAINED[0], 1.0, BATCHES)), None
     if width == TRAINED[0]:  # where nothing grows
-        plan = mup.Parametrize("self", rules=rules, roles=ROLES)
+        base, roles = "self", ROLES
+    plan = mup.Parametrize(base, rules=rules, roles=roles, lr_multipliers=TUNED if tuned else {})
     callbacks: list[Callback] = [plan]
     callbacks += [] if readout is None else [mup.SpectralNormalization(readout=readout)]
     trainer(*callbacks, steps=STEPS, max_epochs=-1).fit(module)
@@ -122,30 +132,27 @@ def final_loss(width: int, log2_lr: float, seed: int, *, rules: str, readout: Re
 
 
 @cache
-def drift(rules: str, readout: Readout | None, grid: range, seeds: int = 3) -> float:
+def drift(rules: str, readout: Readout | None, grid: range, seeds: int = 3, *, tuned: bool = False) -> float:
     """Return by how much log2 of the best learning rate moves as width doubles."""
 
     def loss(width: int, log2_lr: float) -> float:
-        return sum(final_loss(width, log2_lr, seed, rules=rules, readout=readout) for seed in range(seeds)) / seeds
+        found = (final_loss(width, log2_lr, s, rules=rules, readout=readout, tuned=tuned) for s in range(seeds))
+        return sum(found) / seeds
 
     best = [best_log2_lr({log2_lr: loss(width, log2_lr) for log2_lr in grid}) for width in TRAINED]
     return linear_regression([math.log2(width) for width in TRAINED], best).slope
 
 
-# Of 48 seeds at widths 64 and 512: 0.114 +- 0.008 without, -0.008 +- 0.013 with it, and 0.134 +- 0.007 where readouts
-# take the spectral norm. Three seeds differ among themselves by 0.04, 0.06 and 0.02.
-ERROR = math.hypot(0.04, 0.02)
+# Of 24 seeds, rates half an octave apart: 0.101 +- 0.019 without, 0.011 +- 0.010 with it.
+def test_the_best_learning_rate_moves_no_more_than_without() -> None:
+    without = abs(drift("mup", None, range(-9, -5), tuned=True))
+    assert abs(drift("mup", "spectral", range(-6, -1), tuned=True)) <= without < 0.25
 
 
-def test_by_rms_the_best_learning_rate_moves_no_more_than_without() -> None:
+# Multipliers untuned, 48 seeds, an octave apart: 0.112 +- 0.007 without, -0.008 +- 0.012 with it.
+def test_by_rms_it_moves_no_more_than_without() -> None:
     without = abs(drift("mup", None, range(-7, -3)))
-    assert without < 0.2
-    assert abs(drift("mup", "rms", range(-5, -1))) <= without
-
-
-def test_by_spectral_norm_it_moves_no_more_than_without_to_the_standard_error_of_three_seeds() -> None:
-    without = abs(drift("mup", None, range(-7, -3)))
-    assert abs(drift("mup", "spectral", range(-4, 0))) <= without + ERROR
+    assert abs(drift("mup", "rms", range(-5, -1))) <= without < 0.2
 
 
 def test_it_drifts_without_plan_and_normalization() -> None:
