@@ -68,11 +68,11 @@ class SpectralNormalization(Callback):
 
     Args:
         readout: readouts by ``"spectral"`` norm (the paper's), by ``"rms"`` (``lr/fan_in^(1/2)``), or ``"keep"`` them
-            out. log2 of the best rate moved, per doubling of width (64 to 512), by 0.011 +- 0.010 with the spectral norm
-            and by 0.101 +- 0.019 for AdamW under muP alone, on a small test whose ``lr_multipliers`` of vectors and
-            readout were tuned at the base, the same ones for both. Untuned, vectors and readout hold it back: 0.133 +-
-            0.007 and 0.112 +- 0.007; with ``"rms"`` -0.008 +- 0.012, but then what a step changes in the readout's
-            outputs grows with width: as width^0.2 on another test, steps 1 to 10, where the spectral norm has width^0.02.
+            out. On a small test whose ``lr_multipliers`` of vectors and readout were tuned at the base, log2 of the best
+            rate moves by 0.011 +- 0.010 per doubling of width (64 to 512) with the spectral norm, and by 0.101 +- 0.019
+            for AdamW under muP alone; untuned by 0.133 +- 0.007 and 0.112 +- 0.007. With ``"rms"`` it is -0.008 +-
+            0.012 untuned, but then what a step changes in the readout's outputs grows with width: as width^0.2 on
+            another test, steps 1 to 10, where the spectral norm has width^0.02.
         iterations: iterations a step (>= 1), after the warm-up.
         warmup_steps: number of first steps that take five iterations each (>= 0).
         vectors: how many vectors are iterated together (>= 1): 1 is the paper's estimate, 8 follow noisy steps closer,
