@@ -68,7 +68,7 @@ class SpectralNormalization(Callback):
 
     Args:
         readout: readouts by ``"spectral"`` norm (the paper's), by ``"rms"`` (``lr/fan_in^(1/2)``), or ``"keep"`` them
-            out. On a small test whose ``lr_multipliers`` of vectors and readout were tuned at the base, log2 of the best
+            out. On a small test, ``lr_multipliers`` of vectors and readout tuned at the base, log2 of the best
             rate moves by 0.011 +- 0.010 per doubling of width (64 to 512) with the spectral norm, and by 0.101 +- 0.019
             for AdamW under muP alone; untuned by 0.133 +- 0.007 and 0.112 +- 0.007. With ``"rms"`` it is -0.008 +-
             0.012 untuned, but then what a step changes in the readout's outputs grows with width: as width^0.2 on
