@@ -112,8 +112,9 @@ class Classifier(L.LightningModule):
 Readout = Literal["spectral", "rms"]  # None stands for no normalization
 TRAINED, BATCHES = (64, 512), task()
 ROLES = {"net.0.weight": "input", "net.2.weight": "hidden", "net.4.weight": "output"}
-# Of {1/16, 1/4, 1, 4} for vectors and {1/4, 1, 4, 16, 64} for readouts what is best at width 64, over rates and six
-# seeds: 1.046 with normalization, 1.004 without, both within 0.0001 of the best pair; untuned 1.118 and 1.058.
+# What is best at width 64, over rates and six seeds, of {1/16, 1/4, 1, 4} for vectors and {1/4, 1, 4, 16} for readouts
+# (64, with the smaller two for vectors, is worse): 1.046 with normalization, 1.004 without, where the best pair is
+# better by 0.0001; untuned 1.118 and 1.058.
 TUNED = {"vector": 0.25, "output": 16.0}
 
 
@@ -149,10 +150,20 @@ def test_the_best_learning_rate_moves_no_more_than_without() -> None:
     assert abs(drift("mup", "spectral", range(-6, -1), tuned=True)) <= without < 0.25
 
 
-# Multipliers untuned, 48 seeds, an octave apart: 0.112 +- 0.007 without, -0.008 +- 0.012 with it.
-def test_by_rms_it_moves_no_more_than_without() -> None:
+# Untuned, of 48 seeds an octave apart: 0.114 +- 0.008 without, -0.008 +- 0.013 with it, and 0.134 +- 0.007 where readouts
+# take the spectral norm. Three seeds differ among themselves by 0.04, 0.06 and 0.02.
+ERROR = math.hypot(0.04, 0.02)
+
+
+def test_untuned_and_by_rms_it_moves_no_more_than_without() -> None:
     without = abs(drift("mup", None, range(-7, -3)))
-    assert abs(drift("mup", "rms", range(-5, -1))) <= without < 0.2
+    assert without < 0.2
+    assert abs(drift("mup", "rms", range(-5, -1))) <= without
+
+
+def test_untuned_and_by_spectral_norm_it_does_to_the_standard_error_of_three_seeds() -> None:
+    without = abs(drift("mup", None, range(-7, -3)))
+    assert abs(drift("mup", "spectral", range(-4, 0))) <= without + ERROR
 
 
 def test_it_drifts_without_plan_and_normalization() -> None:
