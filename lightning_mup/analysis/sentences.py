@@ -11,7 +11,6 @@ from lightning_mup.analysis.transfer import WORDS, TransferReport
 
 _SAME = 1.25  # a ratio between 1/1.25 and 1.25 is called the same
 _CLOSE = 0.14  # octaves; 10%
-_SHORT = {"stands": "stands", "moves": "moves", "unclear": "may stand or move"}
 _VERBS = {"stands": "stays where it is", "moves": "moves", "unclear": "cannot be told to stay or to move"}
 
 
@@ -36,7 +35,7 @@ def in_short(group: Group, report: TransferReport) -> str:
     """Say in two lines what stands above a panel: whether the optimum moves, and what carrying it over costs."""
     drift, at, word = group.drift, group.target, WORDS[report.tuned]
     slope = f": slope {drift.slope:+.2f} [{drift.low:+.2f}, {drift.high:+.2f}]" if math.isfinite(drift.slope) else ""
-    first = f"best {word} {_SHORT[drift.verdict]}{slope}"
+    first = f"best {word} {drift.verdict}{slope}"
     if at is group.at_base or math.isnan(at.loss):
         return first
     cost = "diverges" if at.loss == math.inf else f"costs {at.lost:.3f} nats"

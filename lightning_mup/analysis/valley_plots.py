@@ -49,7 +49,9 @@ def draw_curves(figure: FigureBase, report: TransferReport) -> None:
             tidy(ax)
             found = [group for group in row if group.rules == name]
             _draw_title(ax, f"{method}, {long_name(name)}", found, report)
-            _draw_band(ax, low, top, count=len(sizes_of(report)) if failed else 0)
+            ax.set_ylim(low, top)
+            if failed:
+                _draw_band(ax, low, top, count=len(sizes_of(report)))
             for group in found:
                 _draw_group(ax, group, report, top=top)
             if not found:
@@ -69,10 +71,7 @@ def _draw_title(ax: Axes, name: str, groups: Sequence[Group], report: TransferRe
 
 
 def _draw_band(ax: Axes, low: float, top: float, *, count: int) -> None:
-    """Set the limits, with a band above the losses for runs that diverged; count 0 leaves it out."""
-    ax.set_ylim(low, top)
-    if not count:
-        return
+    """Add a band above the losses for runs that diverged."""
     ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= top])
     ceiling = top + (top - low) * _LINE * (count + 0.5)
     ax.set_ylim(low, ceiling)

@@ -150,8 +150,8 @@ def test_the_best_learning_rate_moves_no_more_than_without() -> None:
     assert abs(drift("mup", "spectral", range(-6, -1), tuned=True)) <= without < 0.25
 
 
-# Untuned, of 48 seeds an octave apart: 0.114 +- 0.008 without, -0.008 +- 0.013 with it, and 0.134 +- 0.007 where readouts
-# take the spectral norm. Three seeds differ among themselves by 0.04, 0.06 and 0.02.
+# Untuned, of 48 seeds an octave apart: 0.114 +- 0.008 without, -0.008 +- 0.013 with it, and 0.134 +- 0.007 where
+# readouts take the spectral norm. Three seeds differ among themselves by 0.04, 0.06 and 0.02.
 ERROR = math.hypot(0.04, 0.02)
 
 
