@@ -47,6 +47,7 @@ def draw_curves(figure: FigureBase, report: TransferReport) -> None:
         axes[0].set_ylabel(loss_word(report))
         for ax, name in zip(axes, rules, strict=True):
             tidy(ax)
+            ax.locator_params(axis="x", integer=True)
             found = [group for group in row if group.rules == name]
             _draw_title(ax, f"{method}, {long_name(name)}", found, report)
             ax.set_ylim(low, top)
