@@ -231,7 +231,7 @@ def test_levels_through_a_launcher_of_several_processes(drifting: Program) -> No
     words = [*SWEEP, "method=muon"]
     command = [sys.executable, "-m", "tests.conf.drifting.app", *words, "launcher=joblib"]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     parallel = _jobs()
     total = read_ledger("runs/ledger.jsonl").total()

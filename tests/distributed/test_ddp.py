@@ -29,7 +29,7 @@ def python(*arguments: str) -> None:
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -272,7 +272,7 @@ def two_ranks(folder: Path) -> None:
 def test_two_ranks_share_the_batches_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "tests.lightning.test_data_module", str(tmp_path)]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     alone = fit(tmp_path, steps=14, val_check_interval=5, num_sanity_val_steps=0, limit_val_batches=1.0)
     for kind, want in (("train", alone.trained), ("val", alone.validated[:2])):

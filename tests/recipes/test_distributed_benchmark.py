@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--ranks", "1", "2", "4", "--width", "32", "--count", "4", "--steps", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "recipes.benchmarks.distributed", *sizes, "--out", str(folder)],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == (folder / "distributed.txt").read_text()
