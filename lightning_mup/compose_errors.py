@@ -131,6 +131,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _unknown_key(key: str, config: DictConfig | None) -> str:
     plain = key.lstrip(_PREFIXES)
     known = [] if config is None else list(dotted(cast(Mapping[str, object], OmegaConf.to_container(config))))
+    if plain in known:  # one combination of a sweep lacks what the others have
+        return f"{plain} is not there with every choice that the sweep makes; ++{plain}=VALUE sets it with all of them"
     parent = plain
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]

@@ -69,7 +69,7 @@ class Sweep:
     def __post_init__(self) -> None:
         keys = [self.grid.key, *(choice.key for made in self.combinations for choice in made.choices if choice.named)]
         self.names = [made.names(all_keys=keys) for made in self.combinations]
-        self.lines = [Line(made.first, self.grid.max_extend) for made in self.combinations]
+        self.lines = [Line(made.first, self.grid.max_extend, self.grid.margin) for made in self.combinations]
         self.grids = [self.grid for _ in self.combinations]
         self.short_key = self.grid.key.rpartition(".")[2]
         if self.short_key in {name for names in self.names for name in names}:
@@ -127,7 +127,7 @@ class Sweep:
         """
         edges = [folder_name(n) for n, line in zip(self.names, self.lines, strict=True) if line.state == "edge"]
         if edges:
-            log.warning("the best value is at the edge of the grid for %s; %s", "; ".join(edges), self._remedy())
+            log.warning("the best value is too near the edge of the grid for %s; %s", "; ".join(edges), self._remedy())
         if self.failures:
             rows = [f"  {folder}: {type(error).__name__}: {error}" for folder, error in self.failures.items()]
             done = sum(len(line.losses) for line in self.lines)

@@ -22,6 +22,7 @@ class Grid:
         radius: points on either side of the centre in the first round (>= 1).
         step: exponent of two between neighbours (> 0).
         max_extend: points that one line may get beyond those of the first round (>= 0).
+        margin: points wanted on either side of the best one, unless a run diverged there (>= 1).
         offset: exponent of two at ``k = 0``.
 
     Raises:
@@ -38,15 +39,16 @@ class Grid:
     radius: int = 2
     step: float = 1.0
     max_extend: int = 6
+    margin: int = 1
     offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.centre is not None:
             _check_centre(self.key, self.centre)
-        if not (self.radius >= 1 and self.step > 0 and self.max_extend >= 0):
+        if not (self.radius >= 1 and self.step > 0 and self.max_extend >= 0 and self.margin >= 1):
             raise ValueError(
-                "grid takes radius >= 1, step > 0 and max_extend >= 0, "
-                f"got {self.radius!r}, {self.step!r} and {self.max_extend!r}"
+                "grid takes radius >= 1, step > 0, max_extend >= 0 and margin >= 1, "
+                f"got {self.radius!r}, {self.step!r}, {self.max_extend!r} and {self.margin!r}"
             )
 
     def first(self, *, centre: float) -> tuple[int, ...]:
@@ -91,6 +93,7 @@ class Line:
     Args:
         first: points of the first round, in ascending order.
         max_extend: points that it may get on top.
+        margin: points wanted on either side of the best one, unless a run diverged there.
 
     Examples:
         >>> line = Line(first=(-1, 0, 1), max_extend=2)
@@ -106,6 +109,7 @@ class Line:
 
     first: tuple[int, ...]
     max_extend: int
+    margin: int = 1
     losses: dict[int, float] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
 
@@ -125,7 +129,7 @@ class Line:
         return "open" if self.missing() else "edge"
 
     def missing(self) -> tuple[int, ...]:
-        """Return the points to evaluate next: the first round, then one at each side where the best is at the edge."""
+        """Return the points to evaluate next: the first round, then those that the best one's margin lacks."""
         if self.failed:
             return ()
         if not self.losses:
@@ -134,9 +138,15 @@ class Line:
         return self._sides()[:left]
 
     def _sides(self) -> tuple[int, ...]:
-        """Return the points beyond the edges that the best values reach; below, where everything diverged."""
+        """Return the points beyond the edges that the best values' margin reaches, the nearest first.
+
+        A run that diverged at an edge is a wall, beyond which nothing is wanted. Where everything did, it goes down.
+        """
         low, high = min(self.losses, default=0), max(self.losses, default=0)
         lowest = min(self.losses.values(), default=math.inf)
         if math.isinf(lowest):
             return (low - 1,)
-        return (low - 1,) * (self.losses[low] == lowest) + (high + 1,) * (self.losses[high] == lowest)
+        best = [k for k, loss in self.losses.items() if loss == lowest]
+        below = range(low - 1, min(best) - self.margin - 1, -1) if math.isfinite(self.losses[low]) else ()
+        above = range(high + 1, max(best) + self.margin + 1) if math.isfinite(self.losses[high]) else ()
+        return tuple(sorted((*below, *above), key=lambda k: max(low - k, k - high)))

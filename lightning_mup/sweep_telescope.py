@@ -150,7 +150,8 @@ class TelescopingSweep(Sweep):
         made, lines = self.telescopes[index], self.levels[index]
         number = len(lines)
         level = made.levels[number]
-        grid = replace(level.grid(self.grid.key, before.log2_value), max_extend=self.grid.max_extend)
+        own = level.grid(self.grid.key, before.log2_value)
+        grid = replace(own, max_extend=self.grid.max_extend, margin=self.grid.margin)
         spent = sum(made.levels[n].flops * len(self.lines[i].losses) for n, i in enumerate(lines))
         first = grid.first(centre=2.0**before.log2_value)
         combination = _at_width(self.combinations[lines[-1]], self.key, level.width, first)
@@ -158,7 +159,7 @@ class TelescopingSweep(Sweep):
         self.combinations = [*self.combinations, combination]
         self.names.append(combination.names(all_keys=self.keys))
         self.grids.append(grid)
-        self.lines.append(Line(first, min(grid.max_extend, made.spare(number, spent))))
+        self.lines.append(Line(first, min(grid.max_extend, made.spare(number, spent)), grid.margin))
 
 
 def planned(

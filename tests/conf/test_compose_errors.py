@@ -49,6 +49,13 @@ def test_keys_are_those_of_the_groups_that_were_chosen(capsys: pytest.CaptureFix
     assert "did you mean 'data.source.path'" in capsys.readouterr().err
 
 
+def test_a_key_that_one_method_of_a_sweep_lacks_is_told_from_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep=width_lr", "method=adamw,muon_adam", "method.lr_multipliers.output=2"]
+    assert run_plainly(main, words, name="lightning-mup train", script="train.py") == 2
+    told = capsys.readouterr().err
+    assert "method.lr_multipliers.output is not there with every choice that the sweep makes; ++method" in told
+
+
 def test_a_constructor_that_refuses_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run_plainly(main, ["model.net.width=33", "data=synthetic"], name="lightning-mup train", script="train.py") == 2

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -70,22 +70,26 @@ def _settle(line: Line, loss: Callable[[int], float]) -> Line:
     wall=st.integers(1, 20),
     radius=st.integers(1, 3),
     max_extend=st.integers(0, 14),
+    margin=st.integers(1, 3),
     tilt=st.floats(-0.4, 0.4),
 )
 def test_a_grid_ends_around_the_bottom_or_says_that_it_does_not(
-    bottom: int, wall: int, radius: int, max_extend: int, tilt: float
+    bottom: int, wall: int, radius: int, max_extend: int, margin: int, tilt: float
 ) -> None:
+    assume(margin <= 2 * radius)  # else the first round's best, at one edge, may want a point beyond the other
     first = Grid("lr", radius=radius).first(centre=1.0)
-    line = _settle(Line(first, max_extend), lambda k: math.inf if k >= bottom + wall else (k - bottom - tilt) ** 2)
+    line = _settle(
+        Line(first, max_extend, margin), lambda k: math.inf if k >= bottom + wall else (k - bottom - tilt) ** 2
+    )
     assert len(line.losses) <= len(first) + max_extend
     assert sorted(line.losses) == list(range(min(line.losses), max(line.losses) + 1))
     if line.state == "interior":
         assert line.best == bottom
-        assert {bottom - 1, bottom + 1} <= line.losses.keys()
+        assert set(range(bottom - margin, bottom + min(margin, wall) + 1)) <= line.losses.keys()
     else:
         assert line.state == "edge"
         assert len(line.losses) == len(first) + max_extend
-    needed = abs(bottom) - radius + 1
+    needed = max(0, margin - bottom - radius) + max(0, bottom + min(margin, wall) - radius)
     assert (line.state == "interior") == (needed <= max_extend)
 
 
@@ -97,6 +101,19 @@ def test_where_everything_diverges_the_grid_goes_down() -> None:
 def test_a_flat_bottom_at_both_edges_grows_on_both_sides() -> None:
     line = Line((-1, 0, 1), max_extend=5, losses={-1: 2.0, 0: 2.0, 1: 2.0})
     assert line.missing() == (-2, 2)
+
+
+def test_points_are_added_until_the_margin_is_there() -> None:
+    line = Line((-1, 0, 1), max_extend=5, margin=2, losses={-1: 3.0, 0: 2.0, 1: 2.5})
+    assert (line.state, line.missing()) == ("open", (-2, 2))
+    line.losses |= {-2: 4.0, 2: 3.0}
+    assert (line.state, line.missing()) == ("interior", ())
+    assert Line((-1, 0, 1), max_extend=1, margin=2, losses={-1: 3.0, 0: 2.5, 1: 2.0}).missing() == (2,)
+
+
+def test_nothing_is_run_beyond_a_wall() -> None:
+    line = Line((-1, 0, 1), max_extend=5, margin=2, losses={-1: 3.0, 0: 2.0, 1: math.inf})
+    assert line.missing() == (-2,)
 
 
 def test_a_failed_point_stops_its_line_alone() -> None:
@@ -116,6 +133,7 @@ def test_steps_between_powers_of_two() -> None:
         ({"radius": 0}, "radius >= 1"),
         ({"step": 0.0}, "step > 0"),
         ({"max_extend": -1}, "max_extend >= 0"),
+        ({"margin": 0}, "margin >= 1"),
         ({"centre": 0.0}, "lr=0.0"),
     ],
 )
@@ -255,7 +273,7 @@ def test_a_job_that_fails_does_not_lose_the_others(valley: Program, capsys: pyte
 
 def test_a_best_value_at_the_edge_is_told(valley: Program, capsys: pytest.CaptureFixture[str]) -> None:
     valley(*SWEEP[:1], "model.net.width=512", "method=muon", "hydra.sweeper.grid={radius:1,max_extend:1}")
-    assert "at the edge of the grid for method=muon,width=512" in capsys.readouterr().out
+    assert "too near the edge of the grid for method=muon,width=512" in capsys.readouterr().out
 
 
 def test_a_job_must_return_a_number(valley: Program, capsys: pytest.CaptureFixture[str]) -> None:
