@@ -21,9 +21,9 @@ _FAR = (
     0.3  # a run whose log loss is this far above the best one's is no part of the valley but a bound, as in divergence
 )
 _BEYOND = 2.0  # octaves beyond the outermost runs in which an optimum is looked for
-_GRID = 0.04  # octaves between centres
-_SKEWS = np.linspace(-2, 2, 21)
-_SKEW_SPREAD = 0.8  # 1 is 1.95 times as steep on the right, one octave off; Fig. 5 of the reference shows about 0.7
+GRID = 0.04  # octaves between centres
+SKEWS = np.linspace(-2, 2, 21)
+SKEW_SPREAD = 0.8  # 1 is 1.95 times as steep on the right, one octave off; Fig. 5 of the reference shows about 0.7
 _MISFIT = 0.15  # a point that is e above the valley's floor is off the fitted shape by 0.15 e or so
 _PASSES = 3  # of weights and noise in turn
 _NEAR_ZERO = 1e-3
@@ -44,6 +44,9 @@ class Valley:
         curvature: ``[D]``, > 0.
         skew: ``[D]``.
         noise: estimated standard deviation of one run's log loss.
+        evidence: ``[S]``, how likely each of :data:`SKEWS` makes the runs, up to a factor.
+        centre_given: ``[S]``, mean of the centre at each skew.
+        variance_given: ``[S]``, its variance.
     """
 
     centre: Array
@@ -51,6 +54,9 @@ class Valley:
     curvature: Array
     skew: Array
     noise: float
+    evidence: Array
+    centre_given: Array
+    variance_given: Array
 
     def log_loss(self, log2_value: float) -> Array:
         """Return the log loss at one value, for each draw."""
@@ -105,7 +111,7 @@ class Optimum:
         """Standard deviation of the best value in octaves; inf where it is not known from both sides."""
         if self.valley is None or not self.bracketed:
             return math.inf
-        return max(float(self.valley.centre.std()), _GRID / 2)
+        return max(float(self.valley.centre.std()), GRID / 2)
 
     def __str__(self) -> str:
         """Print log2 of the value with its interval."""
@@ -246,7 +252,7 @@ def _bounds(points: _Points, best: int) -> tuple[float | None, float | None]:
 
 def _window(points: _Points, best: int, floor: float | None, ceiling: float | None) -> npt.NDArray[np.bool_]:
     order = np.abs(np.arange(len(points.x)) - best)
-    near = (np.abs(points.x - points.x[best]) <= _REACH + _GRID) | (order <= 2)
+    near = (np.abs(points.x - points.x[best]) <= _REACH + GRID) | (order <= 2)
     above = points.x > (-math.inf if floor is None else floor)
     below = points.x < (math.inf if ceiling is None else ceiling)
     return np.asarray(near & above & below)
@@ -255,14 +261,14 @@ def _window(points: _Points, best: int, floor: float | None, ceiling: float | No
 def _centres(x: Array, floor: float | None, ceiling: float | None) -> Array:
     low = x[0] - _BEYOND if floor is None else max(floor, x[0] - _BEYOND)
     high = x[-1] + _BEYOND if ceiling is None else min(ceiling, x[-1] + _BEYOND)
-    return np.linspace(low, high, round((high - low) / _GRID) + 2)
+    return np.linspace(low, high, round((high - low) / GRID) + 2)
 
 
 def _fit(
     points: _Points, used: npt.NDArray[np.bool_], grid: Array, noise: float, trust: float
 ) -> tuple[Valley, tuple[float, float, float]]:
     x, y, count = points.x[used], points.y[used], points.count[used]
-    shapes_CSP = _shape(x - grid[:, None, None], _SKEWS[:, None])
+    shapes_CSP = _shape(x - grid[:, None, None], SKEWS[:, None])
     stated, freedom = points.within + trust * noise**2, len(x) + points.freedom - 2 + trust
     variance = stated / (points.freedom + trust)
     for _ in range(_PASSES):  # weights need the noise, and the noise needs weights
@@ -276,9 +282,11 @@ def _fit(
         variance = float(rest_CS[slope_CS > 0].min()) / freedom if (slope_CS > 0).any() else variance
     error_CS = np.sqrt(rest_CS / freedom / square_CS)
     opens_up = np.log(np.maximum(stdtr(freedom, slope_CS / error_CS), 1e-300))  # probability that curvature > 0
-    usual = -0.5 * np.square(_SKEWS / _SKEW_SPREAD)
-    log_CS = -0.5 * freedom * np.log(rest_CS) - 0.5 * np.log(square_CS) + opens_up + usual
-    weights_CS = np.exp(log_CS - log_CS.max())
+    usual = -0.5 * np.square(SKEWS / SKEW_SPREAD)
+    log_CS = -0.5 * freedom * np.log(rest_CS) - 0.5 * np.log(square_CS) + opens_up
+    evidence_CS = np.exp(log_CS - log_CS.max()) + 1e-300
+    centre_given = grid @ evidence_CS / evidence_CS.sum(axis=0)
+    weights_CS = np.exp(log_CS + usual - (log_CS + usual).max())
     weights_CS /= weights_CS.sum()
     # Draws of centre and skew, then of curvature and floor given these; always the same ones.
     random = np.random.default_rng(0)
@@ -291,8 +299,11 @@ def _fit(
         centre=grid[at[0]],
         floor=level - curvature * mean_CS[at],
         curvature=curvature,
-        skew=_SKEWS[at[1]],
+        skew=SKEWS[at[1]],
         noise=math.sqrt(variance),
+        evidence=evidence_CS.sum(axis=0),
+        centre_given=centre_given,
+        variance_given=(np.square(grid[:, None] - centre_given) * evidence_CS).sum(axis=0) / evidence_CS.sum(axis=0),
     )
     return valley, _quantiles(grid, weights_CS.sum(axis=1))
 
