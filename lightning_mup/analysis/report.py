@@ -103,9 +103,9 @@ def write_report(
 ) -> tuple[Report, list[Path]]:
     """Analyse runs and write ``report.html``, ``.json``, ``.csv`` and ``.png``, ``savings.csv``, ``recommended.yaml``.
 
-    The page holds everything, pictures included. Without matplotlib there are no pictures, where no base brackets an
-    optimum there is no ``recommended.yaml``, and without a baseline there are no savings; older files are removed, so
-    that the folder tells one story.
+    The page holds everything, pictures included; ``runs.csv`` has the settings and losses of every run. Without
+    matplotlib there are no pictures, where no base brackets an optimum there is no ``recommended.yaml``, and without a
+    baseline there are no savings; older files are removed, so that the folder tells one story.
 
     Args:
         runs: runs on the same data.
@@ -142,6 +142,7 @@ def write_report(
         "report.json": _json(report),
         "report.csv": _csv(report.transfer.rows()) if report.transfer else None,
         "savings.csv": _csv(report.savings.rows()) if report.savings else None,
+        "runs.csv": _csv([run.row() for run in runs]),
         "recommended.yaml": chosen.to_yaml() if chosen else None,
     }
     written = [path for name, text in texts.items() if (path := _write(folder / name, text))]

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -125,6 +125,12 @@ class Run:
             other = next(m for m in get_args(Metric) if m != metric)
             raise ValueError(f"{self.folder} finished without a {metric}; compare all runs by {other}, or validate it")
         return value if math.isfinite(value) else math.inf
+
+    def row(self) -> dict[str, object]:
+        """Return what tells this run from others, and how it ended, as one flat row."""
+        settings = {key: getattr(self, key) for key in ("name", *_SAME, "params")}
+        ended = asdict(self.result) if self.result else {}
+        return {**settings, **ended, "status": self.status}
 
     @cached_property
     def metrics(self) -> tuple[dict[str, float], ...]:

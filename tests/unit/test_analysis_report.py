@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_mup.analysis.features import feature_changes
+from lightning_mup.analysis.optimum import find_optimum
 from lightning_mup.analysis.plot_parts import loss_limits, spread
 from lightning_mup.analysis.report import write_report
 from lightning_mup.analysis.runs import read_runs
@@ -25,7 +26,7 @@ from .transfer_runs import Planted, facts_of, write_run, write_runs
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG"
 VOID = {"meta", "img", "br"}
-FILES = {"report.html", "report.json", "report.csv", "report.png", "recommended.yaml"}
+FILES = {"report.html", "report.json", "report.csv", "report.png", "runs.csv", "recommended.yaml"}
 
 
 class Page(HTMLParser):
@@ -108,6 +109,19 @@ def test_tables_for_programs_agree_with_the_report(written: tuple[TransferReport
     assert len(found["features"]) == 2 * 3 * 2 * 2  # groups, sizes, roles, steps
     assert yaml.safe_load((out / "recommended.yaml").read_text())["rules"] == "mup"
     assert (out / "report.png").read_bytes().startswith(PNG)
+
+
+def test_the_table_of_runs_is_enough_to_find_the_optima_again(written: tuple[TransferReport, Path]) -> None:
+    report, out = written
+    with (out / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["status"] for row in rows} == {"finished", "diverged", "unfinished"}
+    for group in report.groups:
+        for at in group.sizes:
+            mine = [row for row in rows if (row["rules"], int(row["width"])) == (group.rules, at.size)]
+            ended = [row for row in mine if row["status"] != "unfinished"]
+            losses = [float(row["val_loss"]) if row["status"] == "finished" else math.inf for row in ended]
+            assert str(find_optimum([math.log2(float(row["lr"])) for row in ended], losses)) == str(at.optimum)
 
 
 def test_second_report_leaves_nothing_of_the_first(written: tuple[TransferReport, Path], tmp_path: Path) -> None:

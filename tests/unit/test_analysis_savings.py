@@ -164,6 +164,7 @@ def test_the_report_has_a_section_of_its_own(tmp_path: Path, capsys: pytest.Capt
         "report.html",
         "report.json",
         "report.png",
+        "runs.csv",
         "savings.csv",
     }
     page = Page((tmp_path / "out" / "report.html").read_text())
