@@ -27,6 +27,7 @@ SKEW_SPREAD = 0.8  # 1 is 1.95 times as steep on the right, one octave off; Fig.
 _MISFIT = 0.15  # a point that is e above the valley's floor is off the fitted shape by 0.15 e or so
 _PASSES = 3  # of weights and noise in turn
 _NEAR_ZERO = 1e-3
+_TINY = 1e-300  # keeps logarithms finite
 _DRAWS = 2000
 _FLAT = 2.0  # octaves; an interval longer than this is called flat
 _ENOUGH = 3  # points that a fit needs
@@ -281,12 +282,10 @@ def _fit(
         rest_CS = np.maximum(weight @ np.square(y - mean) - slope_CS**2 * square_CS, 0) + stated
         variance = float(rest_CS[slope_CS > 0].min()) / freedom if (slope_CS > 0).any() else variance
     error_CS = np.sqrt(rest_CS / freedom / square_CS)
-    opens_up = np.log(np.maximum(stdtr(freedom, slope_CS / error_CS), 1e-300))  # probability that curvature > 0
-    usual = -0.5 * np.square(SKEWS / SKEW_SPREAD)
+    opens_up = np.log(np.maximum(stdtr(freedom, slope_CS / error_CS), _TINY))  # probability that curvature > 0
     log_CS = -0.5 * freedom * np.log(rest_CS) - 0.5 * np.log(square_CS) + opens_up
-    evidence_CS = np.exp(log_CS - log_CS.max()) + 1e-300
-    centre_given = grid @ evidence_CS / evidence_CS.sum(axis=0)
-    weights_CS = np.exp(log_CS + usual - (log_CS + usual).max())
+    evidence_CS = np.exp(log_CS - log_CS.max()) + _TINY
+    weights_CS = evidence_CS * np.exp(-0.5 * np.square(SKEWS / SKEW_SPREAD))
     weights_CS /= weights_CS.sum()
     # Draws of centre and skew, then of curvature and floor given these; always the same ones.
     random = np.random.default_rng(0)
@@ -295,15 +294,17 @@ def _fit(
     at = np.unravel_index(picked, weights_CS.shape)
     curvature = np.abs(slope_CS[at] + error_CS[at] * scatter_DT[0])
     level = mean + math.sqrt(variance / weight.sum()) * scatter_DT[1]
+    evidence_S = evidence_CS.sum(axis=0)
+    centre_S = grid @ evidence_CS / evidence_S
     valley = Valley(
         centre=grid[at[0]],
         floor=level - curvature * mean_CS[at],
         curvature=curvature,
         skew=SKEWS[at[1]],
         noise=math.sqrt(variance),
-        evidence=evidence_CS.sum(axis=0),
-        centre_given=centre_given,
-        variance_given=(np.square(grid[:, None] - centre_given) * evidence_CS).sum(axis=0) / evidence_CS.sum(axis=0),
+        evidence=evidence_S,
+        centre_given=centre_S,
+        variance_given=np.square(grid) @ evidence_CS / evidence_S - np.square(centre_S),
     )
     return valley, _quantiles(grid, weights_CS.sum(axis=1))
 
