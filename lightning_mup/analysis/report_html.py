@@ -107,7 +107,8 @@ def _drift_table(report: TransferReport) -> str:
         rows.append("<tr>" + "".join(f"<td{mark}>{escape(text)}</td>" for text, mark in found) + "</tr>")
     explained = (
         f"<p>The slope says by how many octaves (doublings) the best {WORDS[report.tuned]} moves when the "
-        f"{report.axis} doubles: 0 is perfect transfer, -1 means that it halves.</p>"
+        f"{report.axis} doubles: 0 is perfect transfer, -1 means that it halves. What is uncertain about the shape "
+        "that valleys of one method share moves all optima alike, so that the slope is surer than each of them.</p>"
     )
     return table_of(header, rows) + explained
 
