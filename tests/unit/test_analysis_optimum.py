@@ -168,7 +168,7 @@ def test_slope_is_covered_and_judged(name: str, slope: float, verdict: str) -> N
         shapes = [SHAPES[name] if skew is None else partial(valley, skew=skew) for skew in skews]
         drifts.append(fit_drift(_sizes(shapes, start, slope, noise=0.002, random=random)))
     assert np.mean([drift.low < slope < drift.high for drift in drifts]) >= 0.9
-    assert [drift.verdict for drift in drifts].count(verdict) >= 34
+    assert [drift.verdict for drift in drifts].count(verdict) >= (34 if name == "unlike" else 36)
     # Were the intervals a fifth as long, this test would fail.
     assert np.mean([abs(drift.slope - slope) < (drift.high - drift.low) / 10 for drift in drifts]) < 0.9
 
