@@ -62,9 +62,9 @@ def fit_drift(optima: Mapping[int, Optimum], *, tolerance: float = TOLERANCE) ->
     line by more than their errors, the slope's error grows by the factor ``sqrt(chi^2 / (sizes - 2))``, and Student's
     quantile takes the normal one's place. Optima that are not bracketed are left out and named.
 
-    Measured on planted valleys (four shapes, and skews of 0.7 +- 0.3 and 0.5; three to five sizes; one run an octave, noise of
-    0.2% and 0.5%): the interval covers the slope in 97% to 100% of 100 trials each, and is two thirds as long as with
-    unrelated shapes. Skews that run from -1.2 to 2.0 with size pass for drift in part: 66% at the larger noise.
+    Measured on planted valleys (four shapes, and skews of 0.7 +- 0.3 and 0.5; three to five sizes; one run an octave,
+    noise of 0.2% and 0.5%): the interval covers the slope in 97% to 100% of 100 trials each, and is two thirds as long
+    as with unrelated shapes. Skews that run from -1.2 to 2.0 with size pass for drift in part: 66% at the larger noise.
 
     Args:
         optima: optimum by size.
